@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fast open engine for video segmentation."""
