@@ -27,7 +27,7 @@ void set_isa(int isa);
   extern const Kernels PYVSEG_ISA; \
   const Kernels PYVSEG_ISA
 #else
-// Launcher part: `PYVSEG_KERNEL_TABLE` defines `kernels()`, the kernels of the level in use.
+// Launcher part: `PYVSEG_KERNEL_TABLE` (outside an unnamed namespace) defines `kernels()`, those of the level in use.
 #define PYVSEG_EXTERN_(isa) extern const Kernels isa;
 #define PYVSEG_ADDRESS_(isa) &isa,
 #define PYVSEG_KERNEL_TABLE                                                       \

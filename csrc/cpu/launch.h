@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// What launcher parts share. Kernel parts must not include it.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+namespace pyvseg {
+
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+
+inline bool is_bf16(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "pyvseg: need float32 or bfloat16");
+  return type == ScalarType::BFloat16;
+}
+
+// Kernels take any strides but want the last dimension contiguous.
+inline Tensor rows_contiguous(const Tensor& t) {
+  return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : torch::stable::contiguous(t);
+}
+
+}  // namespace pyvseg

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of the instruction set that a kernel part is compiled for: one source, every level, Arm included.
+// All functions are always inlined and static: nothing here may become a symbol that another level could pick up.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define PYVSEG_INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+#define PYVSEG_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define PYVSEG_VECTOR_BYTES 32
+#else
+#define PYVSEG_VECTOR_BYTES 16
+#endif
+
+namespace pyvseg {
+
+constexpr int kLanes = PYVSEG_VECTOR_BYTES / 4;  // floats in a vector
+typedef float vfloat __attribute__((vector_size(PYVSEG_VECTOR_BYTES)));
+typedef int32_t vint __attribute__((vector_size(PYVSEG_VECTOR_BYTES)));
+typedef uint32_t vuint __attribute__((vector_size(PYVSEG_VECTOR_BYTES)));
+typedef uint16_t vhalf __attribute__((vector_size(PYVSEG_VECTOR_BYTES / 2)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+PYVSEG_INLINE vfloat splat(float x) { return x - vfloat{}; }
+PYVSEG_INLINE vint splat(int32_t x) { return x - vint{}; }
+
+PYVSEG_INLINE vint load(const int32_t* p) {
+  vint v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+PYVSEG_INLINE vfloat load(const float* p) {
+  vfloat v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+PYVSEG_INLINE vfloat load(const bfloat16* p) {
+  vhalf h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return (vfloat)(__builtin_convertvector(h, vuint) << 16);
+}
+
+PYVSEG_INLINE float load1(const float* p) { return *p; }
+PYVSEG_INLINE float load1(const bfloat16* p) {
+  const uint32_t u = uint32_t(p->bits) << 16;
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+}
+
+PYVSEG_INLINE void store(float* p, vfloat v) { __builtin_memcpy(p, &v, sizeof v); }
+PYVSEG_INLINE void store(int32_t* p, vint v) { __builtin_memcpy(p, &v, sizeof v); }
+// Round to nearest even; a NaN stays one.
+PYVSEG_INLINE void store(bfloat16* p, vfloat v) {
+  const vuint u = (vuint)v;
+  const vuint rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const vhalf h = __builtin_convertvector(v == v ? rounded : (u >> 16) | 0x40, vhalf);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+PYVSEG_INLINE void store1(float* p, float x) { *p = x; }
+PYVSEG_INLINE void store1(bfloat16* p, float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  p->bits = uint16_t(x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) | 0x40);
+}
+
+PYVSEG_INLINE float sum(vfloat v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+PYVSEG_INLINE int32_t sum(vint v) {
+  int32_t lanes[kLanes], total = 0;
+  store(lanes, v);
+  for (int i = 0; i < kLanes; ++i) total += lanes[i];
+  return total;
+}
+
+// One bit per lane where not (a <= b): greater, or unordered because of a NaN.
+PYVSEG_INLINE uint32_t not_le_mask(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ)));
+#elif defined(__SSE2__)
+  return uint32_t(_mm_movemask_ps(_mm_cmpnle_ps((__m128)a, (__m128)b)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(!(a[i] <= b[i])) << i;
+  return bits;
+#endif
+}
+
+// exp(x) for x <= 0, within 1 ulp of the rounded result; 0 below -104, NaN for NaN.
+PYVSEG_INLINE vfloat exp_nonpositive(vfloat x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
+  const vfloat clamped = x < -104.0f ? splat(-104.0f) : x;
+  const vfloat shifted = clamped * 1.44269504088896341f + magic;
+  const vfloat n = shifted - magic;
+  const vfloat r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  vfloat p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // 2^n in two factors, so that results below 2^-126 come out as denormals.
+  const vint e = (vint)shifted - (vint)splat(magic);
+  const vint low = e >> 1;
+  return p * (vfloat)((low + 127) << 23) * (vfloat)((e - low + 127) << 23);
+}
+
+// out[i] += scale * row[i], i < n
+template <typename T>
+PYVSEG_INLINE void axpy(float* out, float scale, const T* row, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load(out + i) + scale * load(row + i));
+  for (; i < n; ++i) out[i] += scale * load1(row + i);
+}
+
+template <typename T, typename U>
+PYVSEG_INLINE float dot(const T* a, const U* b, int64_t n) {
+  vfloat acc0{}, acc1{};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    acc0 += load(a + i) * load(b + i);
+    acc1 += load(a + i + kLanes) * load(b + i + kLanes);
+  }
+  for (; i + kLanes <= n; i += kLanes) acc0 += load(a + i) * load(b + i);
+  float total = sum(acc0 + acc1);
+  for (; i < n; ++i) total += load1(a + i) * load1(b + i);
+  return total;
+}
+
+template <typename T>
+PYVSEG_INLINE void copy_rounded(T* out, const float* in, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load(in + i));
+  for (; i < n; ++i) store1(out + i, in[i]);
+}
+
+}  // namespace pyvseg

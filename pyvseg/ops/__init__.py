@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hot paths as public functions. One file per op: contract, PyTorch reference, autograd; kernels in csrc/ and kernels/."""
+
+from pyvseg.ops._dispatch import backend, report
+from pyvseg.ops.memory_read import memory_read
+
+__all__ = ["backend", "memory_read", "report"]

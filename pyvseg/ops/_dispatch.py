@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation of an op runs: compiled for the CPU, CUDA, Triton, or the PyTorch reference.
+
+An op asks `choose(name, backend, tensors...)`. What is there is found out by itself: a compiled kernel is there when its
+library registered `pyvseg::<op>` for the device, a Triton one when `pyvseg/kernels/<op>.py` exists.
+"""
+
+import functools
+import importlib.util
+import os
+import pkgutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from pyvseg.errors import PyvsegError
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+DTYPES = (torch.float32, torch.bfloat16)  # what the kernels take; the reference takes every floating dtype
+
+
+def _load_extension() -> tuple[ModuleType | None, str]:
+    """The module `pyvseg._C`, whose import registers the ops, or why it is not there."""
+    try:
+        from pyvseg import _C
+    except ImportError as error:
+        return None, f"pyvseg._C cannot be loaded ({error}); reinstall with `pip install --no-build-isolation .`"
+    if isa := os.environ.get("PYVSEG_ISA"):
+        try:
+            _C.set_isa(isa)
+        except ValueError as error:
+            raise PyvsegError(f"PYVSEG_ISA: {error}; this machine has {', '.join(_C.isas())}") from None
+    return _C, ""
+
+
+extension, _extension_missing = _load_extension()
+_wish = os.environ.get("PYVSEG_BACKEND", "auto")
+if _wish not in ("auto", *BACKENDS):
+    raise PyvsegError(f"PYVSEG_BACKEND={_wish} is not one of auto, {', '.join(BACKENDS)}")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """All ops of the process use this backend within the block: "auto", "cpu", "cuda", "triton" or "reference"."""
+    global _wish
+    before, _wish = _wish, _checked(name)
+    try:
+        yield
+    finally:
+        _wish = before
+
+
+def _checked(name: str) -> str:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@functools.cache
+def _cuda_library_missing() -> str:
+    """Loads `pyvseg._C_cuda` on a machine with a GPU; the reason where that cannot be."""
+    found = importlib.util.find_spec("pyvseg._C_cuda")
+    if found is None:
+        return "built without CUDA (no nvcc at build time)"
+    if not torch.cuda.is_available():
+        return "no GPU, or torch without CUDA"
+    try:
+        torch.ops.load_library(found.origin)
+    except OSError as error:
+        return f"pyvseg._C_cuda cannot be loaded ({error})"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def missing(op: str, name: str) -> str:
+    """Why this backend of the op cannot run here; empty when it can."""
+    if name == "reference":
+        return ""
+    if name == "triton":
+        if importlib.util.find_spec(f"pyvseg.kernels.{op}") is None:
+            return "no Triton kernel for this op"
+        if not torch.cuda.is_available():
+            return "no GPU, or torch without CUDA"
+        return "" if importlib.util.find_spec("triton") else "triton is not installed"
+    reason = _extension_missing or (_cuda_library_missing() if name == "cuda" else "")
+    if reason:
+        return reason
+    there = torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvseg::{op}", name.upper())
+    return "" if there else f"no {name} kernel for this op"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _warn(op: str, device: str, slower: str) -> None:
+    reason = missing(op, "cuda" if device == "cuda" else "cpu")
+    warnings.warn(f"pyvseg.ops.{op} runs on the PyTorch reference, about {slower} slower: {reason}", stacklevel=4)
+
+
+def choose(op: str, name: str, *tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES, slower: str) -> str:
+    """The backend for these tensors: `name`, or what the environment and `backend()` say, or the fastest that can."""
+    device = tensors[0].device.type
+    fits = all(t.dtype in dtypes for t in tensors)
+    name = _wish if _checked(name) == "auto" else name
+    if name == "auto":
+        if not fits:
+            return "reference"
+        for candidate in ("cuda", "triton") if device == "cuda" else (device,):
+            if candidate in BACKENDS and not missing(op, candidate):
+                return candidate
+        _warn(op, device, slower)
+        return "reference"
+    if name != "reference":
+        if device != ("cpu" if name == "cpu" else "cuda"):
+            raise ValueError(f"backend={name!r} cannot serve tensors on {device}")
+        if not fits:
+            raise TypeError(f"backend={name!r} takes {', '.join(map(str, dtypes))}, got {tensors[0].dtype}")
+        if reason := missing(op, name):
+            raise ValueError(f"backend={name!r} is not available for {op}: {reason}")
+    return name
+
+
+def report() -> list[tuple[str, str, bool, str]]:
+    """(op, backend, available, reason when not) for every op and backend."""
+    here = os.path.dirname(__file__)
+    ops = [module.name for module in pkgutil.iter_modules([here]) if not module.name.startswith("_")]
+    return [(op, name, not missing(op, name), missing(op, name)) for op in ops for name in BACKENDS]
