@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One adapter per system: how to run a case of it on pyvseg.
+
+An adapter is a function
+
+    run(manifest, weights, inputs) -> iterator of (name, result) or (name, result, Rule)
+
+that gets the case's manifest, the published state dict by published names, and the "in/..." tensors. It yields every
+"out/..." and "tap/..." tensor, whole (thinning is done by the comparison). A Rule stands in for the manifest's tolerance
+where the case's notes state another one; `NotCovered(reason)` in place of a result admits that a tensor is left out.
+A new system adds one file here and one row below.
+"""
+
+from pyvseg.verify.adapters import metrics_vos, ops_memory_read
+from pyvseg.verify.adapters.not_covered import NotCovered
+
+ADAPTERS = {
+    "metrics-vos": metrics_vos.run,
+    "ops-memory_read": ops_memory_read.run,
+}
+
+__all__ = ["ADAPTERS", "NotCovered"]
