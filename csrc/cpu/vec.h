@@ -103,6 +103,21 @@ PYVSEG_INLINE uint32_t not_le_mask(vfloat a, vfloat b) {
 #endif
 }
 
+// One bit per lane where a > b.
+PYVSEG_INLINE uint32_t greater_mask(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)));
+#elif defined(__SSE2__)
+  return uint32_t(_mm_movemask_ps(_mm_cmpgt_ps((__m128)a, (__m128)b)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(a[i] > b[i]) << i;
+  return bits;
+#endif
+}
+
 // exp(x) for x <= 0, within 1 ulp of the rounded result; 0 below -104, NaN for NaN.
 PYVSEG_INLINE vfloat exp_nonpositive(vfloat x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer kept in the low bits

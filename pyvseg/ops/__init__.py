@@ -2,6 +2,7 @@
 """The hot paths as public functions. One file per op: contract, PyTorch reference, autograd; kernels in csrc/ and kernels/."""
 
 from pyvseg.ops._dispatch import backend, report
+from pyvseg.ops.mask_iou import PackedMasks, mask_iou, mask_overlap, pack_masks
 from pyvseg.ops.memory_read import memory_read
 
-__all__ = ["backend", "memory_read", "report"]
+__all__ = ["PackedMasks", "backend", "mask_iou", "mask_overlap", "memory_read", "pack_masks", "report"]

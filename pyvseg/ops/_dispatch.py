@@ -90,6 +90,8 @@ def missing(op: str, name: str) -> str:
     reason = _extension_missing or (_cuda_library_missing() if name == "cuda" else "")
     if reason:
         return reason
+    if not hasattr(torch.ops.pyvseg, op):
+        return "not in the compiled extension, which is older than this op; reinstall"
     there = torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvseg::{op}", name.upper())
     return "" if there else f"no {name} kernel for this op"
 

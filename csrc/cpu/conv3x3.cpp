@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: Apache-2.0
+// 3x3 convolution, stride 1, zero padding 1, by Winograd's F(4x4, 3x3) on the points 0, +-3/4, +-3/2 and infinity: a 4x4
+// tile of outputs takes 36 multiplications per pair of channels instead of 144. These points cost the rounding error of
+// 2 to 3 direct convolutions; the usual 0, +-1, +-2 cost 4 to 10.
+//
+// Tiles are taken in blocks whose transformed inputs V stay in the last-level cache. Each task then multiplies one block
+// by one panel of output channels, at all 36 frequencies, into M, which stays in its core's L2, and transforms M back.
+//   V  [36] [groups] [inputs / 16] [group rows] [16]   a group is as many tiles as the register tile has rows
+//   U  [panels] [36] [inputs] [32]                     the weights, from pyvseg.ops.conv3x3_weight
+//   M  [tiles] [36] [32]
+#include <cstdint>
+
+#include "../isa.h"
+#include "vec.h"
+
+namespace pyvseg::conv3x3 {
+
+constexpr int kTile = 4, kPatch = 6, kFrequencies = 36, kChunk = 16, kPanel = 32;
+
+// Channels are adjacent, the other strides are in floats.
+struct Image {
+  const float* data;
+  int64_t batch, row, column;
+};
+
+struct Problem {
+  Image x, residual;  // residual.data may be null
+  const float *weight, *bias;
+  float* y;  // (batch, height, width, outputs)
+  int64_t height, width, inputs, outputs, tile_rows, tile_columns;
+  bool relu_input;
+};
+
+// `count` tiles of a block from tile number `first` on, with frequency f of V at v + f * stride.
+struct Block {
+  int64_t first, count;
+  float* v;
+  int64_t stride;
+};
+
+struct Kernels {
+  int64_t group;
+  void (*transform_inputs)(const Problem&, const Block&, int64_t begin, int64_t end);
+  void (*multiply_panel)(const Problem&, const Block&, int64_t panel, float* m);
+};
+
+#ifdef PYVSEG_ISA
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kGroup = 14;  // 28 of 32 registers accumulate
+#else
+constexpr int kGroup = 6;  // 12 of 16
+#endif
+
+PYVSEG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+PYVSEG_INLINE vfloat load_some(const float* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  vfloat v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+
+PYVSEG_INLINE void store_some(float* p, vfloat v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+
+constexpr float kA = 0.75f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;  // all exact
+
+PYVSEG_INLINE void forward(const vfloat d[kPatch], vfloat out[kPatch]) {
+  const vfloat even_a = d[4] - kB2 * d[2], odd_a = kA * (d[3] - kB2 * d[1]);
+  const vfloat even_b = d[4] - kA2 * d[2], odd_b = kB * (d[3] - kA2 * d[1]);
+  out[0] = d[4] - (kA2 + kB2) * d[2] + kA2 * kB2 * d[0];
+  out[1] = even_a + odd_a;
+  out[2] = even_a - odd_a;
+  out[3] = even_b + odd_b;
+  out[4] = even_b - odd_b;
+  out[5] = d[5] - (kA2 + kB2) * d[3] + kA2 * kB2 * d[1];
+}
+
+PYVSEG_INLINE void backward(const vfloat m[kPatch], vfloat out[kTile]) {
+  const vfloat even_a = m[1] + m[2], odd_a = m[1] - m[2];
+  const vfloat even_b = m[3] + m[4], odd_b = m[3] - m[4];
+  out[0] = m[0] + even_a + even_b;
+  out[1] = kA * odd_a + kB * odd_b;
+  out[2] = kA2 * even_a + kB2 * even_b;
+  out[3] = kA2 * kA * odd_a + kB2 * kB * odd_b + m[5];
+}
+
+struct Place {
+  int64_t image, y, x;  // of the tile's first output
+};
+
+PYVSEG_INLINE Place place(const Problem& p, int64_t tile) {
+  const int64_t in_image = tile % (p.tile_rows * p.tile_columns);
+  return {tile / (p.tile_rows * p.tile_columns), in_image / p.tile_columns * kTile, in_image % p.tile_columns * kTile};
+}
+
+PYVSEG_INLINE int64_t padded(int64_t channels) { return (channels + kChunk - 1) / kChunk * kChunk; }
+
+// Tiles begin..end of the block, relative to its first.
+void transform_inputs(const Problem& p, const Block& block, int64_t begin, int64_t end) {
+  const vfloat zero{};
+  for (int64_t t = begin; t < end; ++t) {
+    const Place at = place(p, block.first + t);
+    const float* pixels[kPatch][kPatch];  // null in the padding
+    for (int i = 0; i < kPatch; ++i)
+      for (int j = 0; j < kPatch; ++j) {
+        const int64_t y = at.y + i - 1, x = at.x + j - 1;
+        const bool inside = y >= 0 && y < p.height && x >= 0 && x < p.width;
+        pixels[i][j] = inside ? p.x.data + at.image * p.x.batch + y * p.x.row + x * p.x.column : nullptr;
+      }
+    float* out = block.v + t / kGroup * kGroup * padded(p.inputs) + t % kGroup * kChunk;
+    for (int64_t c = 0; c < padded(p.inputs); c += kLanes) {
+      vfloat rows[kPatch][kPatch], d[kPatch], r[kPatch];
+      for (int j = 0; j < kPatch; ++j) {
+        for (int i = 0; i < kPatch; ++i) {
+          d[i] = pixels[i][j] ? load_some(pixels[i][j] + c, p.inputs - c) : zero;
+          if (p.relu_input) d[i] = d[i] < zero ? zero : d[i];
+        }
+        forward(d, r);
+        for (int i = 0; i < kPatch; ++i) rows[i][j] = r[i];
+      }
+      float* v = out + c / kChunk * kChunk * kGroup + c % kChunk;
+      for (int i = 0; i < kPatch; ++i) {
+        forward(rows[i], r);
+        for (int j = 0; j < kPatch; ++j) store(v + (i * kPatch + j) * block.stride, r[j]);
+      }
+    }
+  }
+}
+
+PYVSEG_INLINE void step(vfloat acc[kGroup][2], const float* v, const float* u) {
+  const vfloat u0 = load(u), u1 = load(u + kLanes);
+#pragma GCC unroll 16
+  for (int r = 0; r < kGroup; ++r) {
+    const float x = v[r * kChunk];
+    acc[r][0] += x * u0;
+    acc[r][1] += x * u1;
+  }
+}
+
+// The group's rows of V times two vectors of columns of U; meanwhile it fetches `lines` cache lines per chunk of `next`.
+void multiply(const float* v, const float* u, int64_t inputs, float* m, const char* next, int64_t lines) {
+  vfloat acc[kGroup][2] = {};
+  int64_t c = 0;
+  for (; c + kChunk <= inputs; c += kChunk, v += kGroup * kChunk) {
+    for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+#pragma GCC unroll 4
+    for (int i = 0; i < kChunk; ++i, u += kPanel) step(acc, v + i, u);
+  }
+  for (; c < inputs; ++c, ++v, u += kPanel) step(acc, v, u);
+#pragma GCC unroll 16
+  for (int r = 0; r < kGroup; ++r) {
+    store(m + r * kFrequencies * kPanel, acc[r][0]);
+    store(m + r * kFrequencies * kPanel + kLanes, acc[r][1]);
+  }
+}
+
+// `channels` outputs from channel `first` on, of one tile.
+void transform_outputs(const Problem& p, const Place& at, const float* m, int64_t first, int64_t channels) {
+  const int64_t rows = smaller(kTile, p.height - at.y), columns = smaller(kTile, p.width - at.x);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    vfloat half[kTile][kPatch], d[kPatch], r[kTile];
+    for (int j = 0; j < kPatch; ++j) {
+      for (int i = 0; i < kPatch; ++i) d[i] = load(m + (i * kPatch + j) * kPanel + c);
+      backward(d, r);
+      for (int i = 0; i < kTile; ++i) half[i][j] = r[i];
+    }
+    const int64_t n = channels - c;
+    const vfloat bias = p.bias ? load_some(p.bias + first + c, n) : vfloat{};
+    for (int64_t i = 0; i < rows; ++i) {
+      backward(half[i], r);
+      const int64_t y = at.y + i;
+      float* out = p.y + ((at.image * p.height + y) * p.width + at.x) * p.outputs + first + c;
+      const float* residual = p.residual.data + at.image * p.residual.batch + y * p.residual.row +
+                              at.x * p.residual.column + first + c;
+      for (int64_t j = 0; j < columns; ++j, out += p.outputs, residual += p.residual.column) {
+        vfloat result = r[j] + bias;
+        if (p.residual.data) result += load_some(residual, n);
+        store_some(out, result, n);
+      }
+    }
+  }
+}
+
+void multiply_panel(const Problem& p, const Block& block, int64_t panel, float* m) {
+  const int64_t groups = (block.count + kGroup - 1) / kGroup, size = p.inputs * kPanel;
+  // The next frequency's weights come from memory or the last-level cache while this one's are used.
+  const int64_t lines = (kChunk * kPanel / 16 + groups - 1) / groups, share = p.inputs / kChunk * lines * 64;
+  for (int f = 0; f < kFrequencies; ++f) {
+    const float* u = p.weight + (panel * kFrequencies + f) * size;
+    for (int64_t g = 0; g < groups; ++g) {
+      const float* v = block.v + f * block.stride + g * kGroup * padded(p.inputs);
+      const char* next = (const char*)(u + size) + g * share;
+      for (int j = 0; j < kPanel; j += 2 * kLanes)
+        multiply(v, u + j, p.inputs, m + (g * kGroup * kFrequencies + f) * kPanel + j, next, j == 0 ? lines : 0);
+    }
+  }
+  const int64_t first = panel * kPanel, channels = smaller(kPanel, p.outputs - first);
+  for (int64_t t = 0; t < block.count; ++t)
+    transform_outputs(p, place(p, block.first + t), m + t * kFrequencies * kPanel, first, channels);
+}
+
+}  // namespace
+
+PYVSEG_KERNELS = {kGroup, transform_inputs, multiply_panel};
+#else
+}  // namespace pyvseg::conv3x3
+
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <optional>
+
+#include "launch.h"
+
+namespace pyvseg::conv3x3 {
+
+PYVSEG_KERNEL_TABLE
+
+namespace {
+
+constexpr int64_t kBlockTiles = 112;       // 0.5 MiB of M
+constexpr int64_t kBlockFloats = 2200000;  // 8.4 MiB of V
+constexpr int64_t kBlocksAtOnce = 16;      // at most, which bounds the scratch memory
+constexpr size_t kHugePage = 2 << 20;
+
+// A page fault per 4 KiB of a fresh large buffer would cost as much as filling it.
+void prefer_huge_pages(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Scratch memory of one calling thread, kept for its next call: fresh pages would cost a tenth of the convolution.
+struct Scratch {
+  float* data = nullptr;
+  size_t bytes = 0;
+  ~Scratch() { std::free(data); }
+
+  float* at_least(size_t wanted) {
+    if (wanted > bytes) {
+      std::free(data);
+      bytes = (wanted + kHugePage - 1) / kHugePage * kHugePage;
+      data = static_cast<float*>(std::aligned_alloc(kHugePage, bytes));
+      if (!data) bytes = 0;
+      STD_TORCH_CHECK(data, "conv3x3: out of memory");
+      prefer_huge_pages(data, bytes);
+    }
+    return data;
+  }
+};
+
+// Tasks differ in length and cores in what else they do, so threads take one after the other.
+template <typename F>
+void parallel_tasks(int64_t tasks, int64_t threads, const F& task) {
+  std::atomic<int64_t> next{0};
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (int64_t i; (i = next++) < tasks;) task(i, thread);
+  });
+}
+
+void run(const Problem& p, int64_t batch) {
+  static thread_local Scratch scratch;
+  const Kernels& k = kernels();
+  const auto round_up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
+  const int64_t threads = torch::stable::get_num_threads(), panels = (p.outputs + kPanel - 1) / kPanel;
+  const int64_t tiles = batch * p.tile_rows * p.tile_columns, inputs = round_up(p.inputs, kChunk);
+  const int64_t most = std::clamp(kBlockFloats / (kFrequencies * inputs), k.group, kBlockTiles);
+  const int64_t blocks = (tiles + most - 1) / most, size = round_up((tiles + blocks - 1) / blocks, k.group);
+  const int64_t at_once = std::min({(2 * threads + panels - 1) / panels, blocks, kBlocksAtOnce});
+  // A few lines more than needed, so that equal places of V's frequencies do not fall into one set of the caches.
+  const int64_t stride = size * inputs + 5 * 16, m_floats = size * kFrequencies * kPanel + 5 * 16;
+  float* v = scratch.at_least(sizeof(float) * (at_once * kFrequencies * stride + threads * m_floats));
+  float* m = v + at_once * kFrequencies * stride;
+
+  for (int64_t start = 0; start < tiles; start += at_once * size) {
+    const auto block = [&](int64_t i) {
+      const int64_t first = start + i * size;
+      return Block{first, std::min(size, tiles - first), v + i * kFrequencies * stride, stride};
+    };
+    const int64_t present = std::min(at_once, (tiles - start + size - 1) / size), groups = size / k.group;
+    parallel_tasks(present * groups, threads, [&](int64_t task, int64_t) {
+      const Block b = block(task / groups);
+      const int64_t begin = task % groups * k.group;
+      k.transform_inputs(p, b, begin, std::min(begin + k.group, b.count));
+    });
+    parallel_tasks(present * panels, threads, [&](int64_t task, int64_t thread) {
+      k.multiply_panel(p, block(task / panels), task % panels, m + thread * m_floats);
+    });
+  }
+}
+
+Tensor channels_adjacent(const Tensor& t) {
+  return t.stride(1) == 1 || t.size(1) <= 1 ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+Image image(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0), t.stride(2), t.stride(3)}; }
+
+// x (N, I, H, W), tiles (ceil(O / 32), 36, I, 32), bias (O), residual (N, O, H, W) -> (N, O, H, W) channels last
+Tensor conv3x3(const Tensor& x, const Tensor& tiles, int64_t outputs, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& residual, bool relu_input) {
+  STD_TORCH_CHECK(x.dim() == 4 && tiles.dim() == 4, "conv3x3: wrong number of dimensions");
+  const int64_t N = x.size(0), I = x.size(1), H = x.size(2), W = x.size(3);
+  STD_TORCH_CHECK(I > 0 && outputs > 0 && tiles.size(0) == (outputs + kPanel - 1) / kPanel && tiles.size(1) == kFrequencies &&
+                      tiles.size(2) == I && tiles.size(3) == kPanel && tiles.is_contiguous(),
+                  "conv3x3: tiles do not fit");
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == outputs), "conv3x3: bias does not fit");
+  STD_TORCH_CHECK(!residual || (residual->dim() == 4 && residual->size(0) == N && residual->size(1) == outputs &&
+                                residual->size(2) == H && residual->size(3) == W),
+                  "conv3x3: residual does not fit");
+  Tensor y = torch::stable::empty({N, outputs, H, W}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                                  torch::headeronly::MemoryFormat::ChannelsLast);
+  if (y.numel() == 0) return y;
+  const Tensor input = channels_adjacent(x), added = residual ? channels_adjacent(*residual) : y;
+  const Tensor offset = bias ? torch::stable::contiguous(*bias) : y;
+  Problem p{};
+  p.x = image(input);
+  if (residual) p.residual = image(added);
+  p.weight = tiles.const_data_ptr<float>();
+  p.bias = bias ? offset.const_data_ptr<float>() : nullptr;
+  p.y = y.mutable_data_ptr<float>();
+  p.height = H, p.width = W, p.inputs = I, p.outputs = outputs;
+  p.tile_rows = (H + kTile - 1) / kTile, p.tile_columns = (W + kTile - 1) / kTile;
+  p.relu_input = relu_input;
+  prefer_huge_pages(p.y, sizeof(float) * y.numel());
+  run(p, N);
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyvseg, m) {
+  m.def("conv3x3(Tensor x, Tensor tiles, int outputs, Tensor? bias, Tensor? residual, bool relu_input) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(pyvseg, CPU, m) { m.impl("conv3x3", TORCH_BOX(&conv3x3)); }
+#endif
+
+}  // namespace pyvseg::conv3x3

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Overlap and intersection over union of N x M masks over any number of dimensions: frames, tubes, volumes."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyvseg.ops import _dispatch
+
+_PACKABLE = (torch.bool, torch.uint8, *_dispatch.DTYPES)
+_SLOWER = "10 to 15 times"
+
+
+class PackedMasks(NamedTuple):
+    """N masks as bits; bit i of word w (little endian) is element 64 w + i of the flattened mask."""
+
+    bits: Tensor  # (N, W) int64, W = ceil(numel / 64); bits past numel are zero
+    numel: int  # elements of one mask
+
+
+def pack_masks(
+    masks: Tensor,  # (N, *S) bool, uint8 (set where non-zero), or float logits (set where > 0; NaN is not)
+    *,
+    backend: str = "auto",
+) -> PackedMasks:
+    """Masks as bits, a thirty-second of their size as float32; packs once what is compared many times.
+
+    Raises ValueError for a tensor without a mask dimension, TypeError for other dtypes, naming the argument.
+    """
+    if not isinstance(masks, Tensor):
+        raise TypeError(f"masks must be a tensor, got {type(masks).__name__}")
+    if masks.dtype not in (torch.bool, torch.uint8) and not masks.is_floating_point():
+        raise TypeError(f"masks must be bool, uint8 or floating point, got {masks.dtype}")
+    if masks.ndim < 2:
+        raise ValueError(f"masks must be (N, *S), got shape {tuple(masks.shape)}")
+    flat = masks.detach().reshape(masks.shape[0], masks.shape[1:].numel())
+    choice = _dispatch.choose("mask_iou", backend, flat, dtypes=_PACKABLE, slower=_SLOWER)
+    bits = reference_pack(flat) if choice == "reference" else torch.ops.pyvseg.pack_masks(flat)
+    return PackedMasks(bits, flat.shape[1])
+
+
+def mask_overlap(
+    a: Tensor | PackedMasks,  # (N, *S) bool, or packed
+    b: Tensor | PackedMasks,  # (M, *S) bool, or packed
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Intersections (N, M), areas of a (N,) and of b (M,), int64, exact.
+
+    Raises ValueError for masks of different sizes or devices, TypeError for other inputs, naming the argument.
+    """
+    same = a is b
+    a = _packed("a", a, backend)
+    b = a if same else _packed("b", b, backend)
+    if a.numel != b.numel or a.bits.shape[1] != b.bits.shape[1]:
+        raise ValueError(f"b has masks of {b.numel} elements but a of {a.numel}")
+    if a.bits.device != b.bits.device:
+        raise ValueError(f"b is on {b.bits.device} but a on {a.bits.device}")
+    choice = _dispatch.choose("mask_iou", backend, a.bits, b.bits, dtypes=(torch.int64,), slower=_SLOWER)
+    overlap = reference_overlap if choice == "reference" else torch.ops.pyvseg.mask_iou
+    return overlap(a.bits, b.bits)
+
+
+def mask_iou(
+    a: Tensor | PackedMasks,  # (N, *S) bool or probabilities, or packed
+    b: Tensor | PackedMasks,  # (M, *S) of the same kind
+    *,
+    backend: str = "auto",
+) -> Tensor:  # (N, M) float32
+    """Intersection over union of every a with every b; 0 where both masks are empty.
+
+    Boolean or packed masks are counted exactly. Floating-point masks are probabilities in [0, 1] and give the soft IoU
+    sum(ab) / (sum(a) + sum(b) - sum(ab)), differentiable in both; pack logits with `pack_masks` for the hard one.
+
+    Raises ValueError for masks of different sizes or devices, TypeError for other inputs, naming the argument.
+    """
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point() and b.is_floating_point():
+        return _iou(*_soft_overlap(a, b))
+    return _iou(*mask_overlap(a, b, backend=backend))
+
+
+def _iou(intersection: Tensor, area_a: Tensor, area_b: Tensor) -> Tensor:
+    union = area_a[:, None] + area_b[None, :] - intersection
+    empty = union == 0
+    return (intersection / union.masked_fill(empty, 1)).masked_fill(empty, 0).float()
+
+
+def _soft_overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if a.ndim < 2 or b.ndim < 2 or a.shape[1:] != b.shape[1:]:
+        raise ValueError(f"b must be (M, *S) with a's S {tuple(a.shape[1:])}, got shape {tuple(b.shape)}")
+    if a.device != b.device:
+        raise ValueError(f"b is on {b.device} but a on {a.device}")
+    size = a.shape[1:].numel()
+    a, b = a.float().reshape(a.shape[0], size), b.float().reshape(b.shape[0], size)
+    return a @ b.T, a.sum(1), b.sum(1)
+
+
+def _packed(name: str, masks: Tensor | PackedMasks, backend: str) -> PackedMasks:
+    if isinstance(masks, PackedMasks):
+        words = -(-masks.numel // 64)
+        if masks.bits.dtype != torch.int64 or masks.bits.ndim != 2 or masks.bits.shape[1] != words:
+            raise ValueError(f"{name}.bits must be int64 of shape (N, {words}), got {masks.bits.dtype} {tuple(masks.bits.shape)}")
+        return masks
+    if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+        kind = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
+        raise TypeError(f"{name} must be a bool tensor or PackedMasks, got {kind}; pack_masks turns logits into bits")
+    return pack_masks(masks, backend=backend)
+
+
+def reference_pack(masks: Tensor) -> Tensor:
+    """(N, P) -> bits (N, W) int64 in PyTorch."""
+    N, P = masks.shape
+    on = torch.nn.functional.pad(masks > 0, (0, -P % 64)).view(N, -(-P // 64), 64)
+    return (on.long() << torch.arange(64, device=masks.device)).sum(-1)  # bits are disjoint: the sum is their union
+
+
+def reference_overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition on bits (N, W), (M, W): counts by matrix product, exact to 2^53."""
+    a, b = (_unpack(bits) for bits in (a, b))
+    return (a @ b.T).long(), a.sum(1).long(), b.sum(1).long()
+
+
+def _unpack(bits: Tensor) -> Tensor:
+    """(N, W) int64 -> (N, 64 W) float64 zeros and ones."""
+    return ((bits.unsqueeze(-1) >> torch.arange(64, device=bits.device)) & 1).flatten(1).double()
+
+
+if _dispatch.extension:
+
+    @torch.library.register_fake("pyvseg::pack_masks")
+    def _fake_pack(masks: Tensor) -> Tensor:
+        return masks.new_empty(masks.shape[0], (masks.shape[1] + 63) // 64, dtype=torch.int64)
+
+    @torch.library.register_fake("pyvseg::mask_iou")
+    def _fake_overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        N, M = a.shape[0], b.shape[0]
+        return a.new_empty(N, M), a.new_empty(N), a.new_empty(M)
