@@ -7,6 +7,6 @@ on pyvseg; every tensor that the case stores must come out within the tolerance 
 
 from pyvseg.verify.case import Case, load_case
 from pyvseg.verify.compare import Line, Rule, compare
-from pyvseg.verify.report import Report, verify_case
+from pyvseg.verify.report import Report, run_case, verify_case
 
-__all__ = ["Case", "Line", "Report", "Rule", "compare", "load_case", "verify_case"]
+__all__ = ["Case", "Line", "Report", "Rule", "compare", "load_case", "run_case", "verify_case"]

@@ -28,6 +28,9 @@ class Line(NamedTuple):
     allowed: str
     verdict: str  # "ok", "not covered: ..." or "FAIL: ..."
 
+    def __str__(self) -> str:
+        return f"  {self.name:<32} {_dims(self.shape):<16} {self.error:>12} (allowed {self.allowed})  {self.verdict}"
+
     @property
     def failed(self) -> bool:
         return self.verdict.startswith("FAIL")

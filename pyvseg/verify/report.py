@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from pyvseg.errors import PyvsegError
 from pyvseg.verify.adapters import ADAPTERS, NotCovered
 from pyvseg.verify.case import Case, load_case
-from pyvseg.verify.compare import Line, compare
+from pyvseg.verify.compare import Line, Rule, compare
 
 
 @dataclass(frozen=True)
@@ -34,24 +37,31 @@ class Report:
 def verify_case(folder: str | Path) -> Report:
     """Run the case in `folder` on this installation and compare every tensor that it stores.
 
-    A stored tensor that the adapter does not produce is a failure unless the adapter says why it is not covered.
     Raises PyvsegError for a folder that is no case, and for a system that has no adapter yet.
     """
     case = load_case(folder)
+    return Report(case.name, list(run_case(case)))
+
+
+def run_case(case: Case) -> Iterator[Line]:
+    """The same for a loaded case, line by line as the results come.
+
+    A stored tensor that the adapter does not produce is a failure unless the adapter says why it is not covered.
+    """
     system = case.manifest["system"]
     if system not in ADAPTERS:
         raise PyvsegError(f"{case.name}: no adapter for the system {system!r}; this version covers {', '.join(sorted(ADAPTERS))}")
-    lines = {line.name: line for line in _lines(case, ADAPTERS[system])}
-    absent = [Line(name, value.shape, "-", "-", "FAIL: not produced") for name, value in case.expected.items() if name not in lines]
-    return Report(case.name, [*lines.values(), *absent])
+    produced = set()
+    for name, result, *rule in ADAPTERS[system](case.manifest, case.weights, case.inputs):
+        produced.add(name)
+        yield _line(case, name, result, *rule)
+    for name in sorted(case.expected.keys() - produced):
+        yield Line(name, case.expected[name].shape, "-", "-", "FAIL: not produced")
 
 
-def _lines(case: Case, run):
-    for item in run(case.manifest, case.weights, case.inputs):
-        name = item[0]
-        if name not in case.expected:
-            yield Line(name, (), "-", "-", "FAIL: the case stores no tensor of this name")
-        elif isinstance(item[1], NotCovered):
-            yield Line(name, case.expected[name].shape, "-", "-", f"not covered: {item[1].reason}")
-        else:
-            yield compare(case.manifest, name, item[1], case.expected[name], *item[2:])
+def _line(case: Case, name: str, result: np.ndarray | NotCovered, *rule: Rule) -> Line:
+    if name not in case.expected:
+        return Line(name, (), "-", "-", "FAIL: the case stores no tensor of this name")
+    if isinstance(result, NotCovered):
+        return Line(name, case.expected[name].shape, "-", "-", f"not covered: {result.reason}")
+    return compare(case.manifest, name, result, case.expected[name], *rule)
