@@ -7,7 +7,7 @@ A mask may be
 - several binary PNGs (a list, or a folder), one per object, ids in the order of their names;
 - a folder of label PNGs called like frames of the video: masks at several frames;
 - a JSON file with COCO RLE, polygons or boxes (see `read_json`);
-- an array (first frame), or a dict of frame index -> array.
+- an array (first frame), or a dict of frame index or frame name -> array or label PNG.
 """
 
 import json
@@ -36,7 +36,7 @@ def read_masks(source, video: Video) -> dict[int, np.ndarray]:
     if isinstance(source, (str, Path)):
         masks = _read_path(Path(source), video)
     elif isinstance(source, Mapping):
-        masks = {int(index): _from_array(array, f"mask at frame {index}") for index, array in source.items()}
+        masks = dict(_read_item(key, item, video) for key, item in source.items())
     elif isinstance(source, Sequence) and source and all(isinstance(item, (str, Path)) for item in source):
         masks = _read_path(Path(source[0]), video) if len(source) == 1 else {0: _stack_binary([Path(p) for p in source], video)}
     else:
@@ -76,6 +76,15 @@ def read_label_file(path: Path) -> np.ndarray:
     if np.array_equal(np.unique(labels), (0, VOID)):
         labels = (labels == VOID).astype(np.uint8)
     return labels
+
+
+def _read_item(key: int | str, item, video: Video) -> tuple[int, np.ndarray]:
+    if isinstance(key, str) and key not in (video.frame_names or ()):
+        raise VideoError(f"{video.source}: there is a mask for frame {key} but no such frame")
+    index = video.frame_names.index(key) if isinstance(key, str) else int(key)
+    if isinstance(item, (str, Path)):
+        return index, check_mask(read_label_file(Path(item)), video, index, f"mask {item}")
+    return index, _from_array(item, f"mask at frame {key}")
 
 
 def _read_path(path: Path, video: Video) -> dict[int, np.ndarray]:

@@ -3,7 +3,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class Video:
     frame_count: int | None  # None where nothing says; an estimate for containers without an index
     frame_names: list[str] | None  # folders only: the images' stems
     images: Callable[[], Iterator[np.ndarray]]
+    first_number: int = 0  # of the names made up for frames that have none
 
     def __iter__(self) -> Iterator[Frame]:
         for index, image in enumerate(self.images()):
@@ -45,7 +46,16 @@ class Video:
             yield Frame(index, image, self.frame_name(index))
 
     def frame_name(self, index: int) -> str:
-        return self.frame_names[index] if self.frame_names else f"{index:05d}"
+        return self.frame_names[index] if self.frame_names else f"{index + self.first_number:05d}"
+
+    def part(self, start: int, stop: int | None) -> "Video":
+        """Frames start to stop - 1 as a video of their own, counted from 0; files are decoded from their beginning, frame names stay."""
+        if start < 0 or (stop is not None and stop <= start) or (self.frame_count is not None and start >= self.frame_count):
+            raise VideoError(f"{self.source}: frames {start}:{stop or ''} are not in this video of {self.frame_count or 'unknown length:'} frames")
+        count = None if self.frame_count is None else min(stop or self.frame_count, self.frame_count) - start
+        names = self.frame_names[start:stop] if self.frame_names else None
+        images = lambda: itertools.islice(self.images(), start, stop)  # noqa: E731
+        return replace(self, frame_count=count, frame_names=names, images=images, first_number=start)
 
 
 def open_video(source: str | Path | Iterable[np.ndarray] | Video) -> Video:

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the results of one video go: into a working folder while it runs, under their names when it is finished."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from pyvseg.errors import OutputError
+from pyvseg.video.png import read_labels
+from pyvseg.video.types import Frame, FrameResult
+from pyvseg.video.writer import OverlayWriter, PngWriter, RleWriter, output_errors
+
+UNFINISHED = "unfinished"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The names of one video's finished results, and the folder in which they come about."""
+
+    root: Path  # the output folder of the whole run
+    work: Path
+    masks: Path  # folder of palette PNGs; it appears last, so a video with this folder is finished
+    overlay: Path | None  # MP4
+    rle: Path  # JSON
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C; the message says what remains and how to go on."""
+
+
+class VideoOutput:
+    """Writes one video's results: `open`, then `write` each frame inside `guard`, then `finish`, or `suspend` to go on later.
+
+    `settings` is all that the masks depend on; a suspended run is resumed only under equal settings.
+    """
+
+    def __init__(self, targets: Targets, name: str, size: tuple[int, int], fps: Fraction | None, settings: dict):
+        self.targets, self.name, self.size, self.fps, self.settings = targets, name, size, fps, settings
+        self.written = 0
+        self.writers = []
+
+    def resume_at(self) -> int:
+        """The frame at which a suspended run goes on; 0 where there is nothing to go on from. Raises OutputError for other settings."""
+        try:
+            note = json.loads((self.targets.work / "run.json").read_text())
+        except (OSError, ValueError):
+            return 0
+        changed = [key for key in self.settings if note["settings"].get(key) != self.settings[key]]
+        if changed:
+            was, now = note["settings"].get(changed[0]), self.settings[changed[0]]
+            raise OutputError(f"cannot resume {self.targets.work}: {changed[0]} was {was} and is now {now}; use the same settings, or --overwrite to start again")
+        return note["next_frame"] if self.state_path(note["next_frame"]).exists() else 0
+
+    def state_path(self, next_frame: int) -> Path:
+        return self.targets.work / f"state-{next_frame}.safetensors"
+
+    def open(self, first: int) -> None:
+        """Prepares the working folder, for a new run (`first` = 0) or one that goes on at frame `first`."""
+        work = self.targets.work
+        with output_errors(work):
+            if not first:
+                _remove(work)
+            work.mkdir(parents=True, exist_ok=True)
+            if not first:
+                self._note(0)
+        self.writers.append(PngWriter(work / "masks"))
+        self.writers.append(RleWriter(work / "masks.json", self.name))
+        if self.targets.overlay:
+            self.writers.append(OverlayWriter(work / "overlay.mp4", self.size, self.fps))
+
+    def _note(self, next_frame: int) -> None:
+        temporary = self.targets.work / "run.json.part"
+        temporary.write_text(json.dumps({"settings": self.settings, "next_frame": next_frame}))
+        os.replace(temporary, self.targets.work / "run.json")
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Ends the run as its exception asks: Ctrl-C and a full disk leave complete PNGs, anything else leaves nothing."""
+        try:
+            yield
+        except Interrupted:
+            raise
+        except KeyboardInterrupt:  # the second Ctrl-C, in the middle of a clip
+            self.suspend()
+            raise Interrupted(self.how_to_resume()) from None
+        except OutputError as error:
+            self.suspend()
+            kept = len(list((self.targets.work / "masks").glob("*.png")))
+            if not kept:
+                self._clean()
+                raise
+            raise OutputError(f"{error}; {kept} complete masks remain in {self.targets.work / 'masks'}, the same command with --resume goes on") from None
+        except BaseException:
+            self.suspend()
+            self._clean()
+            raise
+
+    def how_to_resume(self) -> str:
+        return f"stopped after {self.written} frames of {self.name}; their masks are in {self.targets.work / 'masks'}; the same command with --resume goes on"
+
+    def finished_frames(self, frames: Iterator[Frame], count: int) -> Iterator[FrameResult]:
+        """The first `count` frames of a resumed run, with the masks that the suspended run left."""
+        entered: set[int] = set()
+        for _ in range(count):
+            frame = next(frames)
+            if frame.mask is not None:
+                entered |= set(np.unique(frame.mask).tolist()) - {0}
+            labels = read_labels(self.targets.work / "masks" / f"{frame.name}.png")
+            yield FrameResult(frame.index, frame.name, frame.image, labels, tuple(sorted(entered)))
+
+    def write(self, result: FrameResult) -> None:
+        for writer in self.writers:
+            writer.write(result)
+        self.written += 1
+
+    def finish(self, keep: set[str] | None = None) -> None:
+        """Closes every file and gives the results their names; `keep` are the frames whose PNGs are wanted, None for all."""
+        for writer in self.writers:
+            writer.close()
+        work, targets = self.targets.work, self.targets
+        with output_errors(targets.masks):
+            for path in (work / "masks").iterdir() if keep is not None else ():
+                if path.stem not in keep:
+                    path.unlink()
+            for source, target in ((work / "masks.json", targets.rle), (work / "overlay.mp4", targets.overlay), (work / "masks", targets.masks)):
+                if target is None:
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.is_dir():
+                    os.replace(target, work / "replaced")
+                os.replace(source, target)
+            self._clean()
+
+    def suspend(self, state=None, next_frame: int = 0) -> None:
+        """Leaves the complete PNGs and, with `state`, what a later run needs to go on at `next_frame`."""
+        for writer in self.writers:
+            writer.discard()
+        if state is not None:
+            path = self.state_path(next_frame)
+            with output_errors(path):
+                state.save(path)
+                self._note(next_frame)
+                for old in path.parent.glob("state-*.safetensors"):
+                    if old != path:
+                        old.unlink()
+
+    def _clean(self) -> None:
+        _remove(self.targets.work)
+        with suppress(OSError):
+            for folder in (self.targets.work.parent, self.targets.root):
+                folder.rmdir()  # refuses unless it is empty
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def fingerprint(masks: dict[int, np.ndarray]) -> str:
+    """A short hash of the given masks."""
+    digest = hashlib.sha256()
+    for index, labels in sorted(masks.items()):
+        digest.update(f"{index} {labels.shape}".encode())
+        digest.update(np.ascontiguousarray(labels))
+    return digest.hexdigest()[:16]

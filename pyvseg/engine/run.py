@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segments videos from given masks and writes the results: `pyvseg run`."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from pyvseg.engine.jobs import Job, find_jobs, is_dataset
+from pyvseg.engine.output import UNFINISHED, Interrupted, Targets, VideoOutput, fingerprint
+from pyvseg.engine.pipeline import Background, Prefetch, stop_on_interrupt
+from pyvseg.errors import OutputError, PyvsegError, VideoError
+from pyvseg.video.masks import frames_with_masks, read_masks
+from pyvseg.video.reader import Video, open_video
+from pyvseg.video.types import Frame, FrameResult
+
+
+class Propagation(Protocol):
+    """What the engine asks of a model (`pyvseg.engine.propagate.Propagation`)."""
+
+    state: object  # has .save(path); complete between two calls of which the first returned results
+
+    def step(self, frame: Frame) -> list[FrameResult]:
+        """Takes the next frame; returns the results that have become ready, in order."""
+
+    def finish(self) -> list[FrameResult]:
+        """The rest, after the last frame."""
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """A model and the settings it runs with."""
+
+    propagation: Callable[[Path | None], Propagation]  # for a new video (None), or continuing from a saved state
+    settings: dict  # all that the masks depend on besides video and masks: model, weights, clip length, ...
+
+
+@dataclass
+class Summary:
+    """What a run did. `frames` and `seconds` count the frames computed in this run, from decoding to written files."""
+
+    out: Path
+    targets: list[Targets]
+    frames: int = 0
+    seconds: float = 0.0
+    note: str = ""
+
+    @property
+    def fps(self) -> float:
+        return self.frames / self.seconds if self.seconds else 0.0
+
+
+def run(
+    tracker: Tracker,
+    video,
+    masks=None,
+    *,
+    out: str | Path,
+    overlay: bool | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    frames: tuple[int, int | None] | None = None,
+    annotations: str = "auto",
+    sequences: list[str] | None = None,
+    queue_frames: int = 10,
+    progress: bool = True,
+) -> Summary:
+    """Segments one video, or every sequence of a DAVIS/YouTube-VOS folder, and writes the results under `out`.
+
+    One video: OUT/masks/FRAME.png, OUT/masks.json, OUT/overlay.mp4.
+    Dataset: OUT/Annotations/SEQUENCE/FRAME.png, OUT/rle/SEQUENCE.json, and with overlay=True OUT/overlays/SEQUENCE.mp4.
+
+    video, masks: see `open_video` and `read_masks`; a dataset brings its own masks. frames: (start, stop) of one video,
+    counted from 0; masks keep the frame numbers of the whole video. queue_frames bounds the frames that wait between
+    two stages. Raises VideoError for bad input (nothing of that video remains), OutputError where results cannot be
+    written, Interrupted after Ctrl-C.
+    """
+    out = Path(out)
+    if overwrite and resume:
+        raise PyvsegError("--overwrite and --resume exclude each other: start again, or go on")
+    if is_dataset(video):
+        if masks is not None:
+            raise PyvsegError(f"{video} is a dataset folder with its own Annotations; leave --mask out")
+        jobs, note = find_jobs(Path(video), annotations, sequences)
+        targets = [_dataset_targets(out, job.name, bool(overlay)) for job in jobs]
+    else:
+        if masks is None:
+            raise VideoError(f"{video}: labels are missing: say what to follow with --mask FIRST.png (palette PNG, binary PNGs or JSON)")
+        jobs, note = [Job("", video, masks)], ""
+        targets = [Targets(out, out / UNFINISHED, out / "masks", None if overlay is False else out / "overlay.mp4", out / "masks.json")]
+    _check_out(out, overwrite, resume)
+    summary = Summary(out, targets, note=note)
+    if note and progress:
+        print(note, file=sys.stderr)
+    for job, target in zip(jobs, targets, strict=True):
+        if not (resume and target.masks.is_dir()):
+            _run_video(tracker, job, target, summary, resume, frames, queue_frames, progress)
+    return summary
+
+
+def _dataset_targets(out: Path, name: str, overlay: bool) -> Targets:
+    movie = out / "overlays" / f"{name}.mp4" if overlay else None
+    return Targets(out, out / UNFINISHED / name, out / "Annotations" / name, movie, out / "rle" / f"{name}.json")
+
+
+def _check_out(out: Path, overwrite: bool, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; choose another --out folder")
+    if overwrite or resume or not out.exists() or not any(out.iterdir()):
+        return
+    advice = "continue it with --resume, or start again with --overwrite" if (out / UNFINISHED).exists() else "choose another --out, or replace them with --overwrite"
+    raise OutputError(f"{out} already holds {'an unfinished run' if (out / UNFINISHED).exists() else 'results or other files'}; {advice}")
+
+
+def _run_video(tracker: Tracker, job: Job, targets: Targets, summary: Summary, resume: bool, frames, depth: int, progress: bool) -> None:
+    video, given = _open(job, frames)
+    settings = {"video": video.source, "frames": list(frames or ()), "masks": fingerprint(given), **tracker.settings}
+    output = VideoOutput(targets, video.name, video.size, video.fps, settings)
+    first = output.resume_at() if resume else 0
+    started = time.perf_counter()
+    with output.guard(), _progress_bar(video, first, progress) as bar:
+        output.open(first)
+        propagation = tracker.propagation(output.state_path(first) if first else None)
+        reached = _stream(frames_with_masks(video, given), propagation, output, first, depth, bar)
+        summary.frames += output.written - first
+        summary.seconds += time.perf_counter() - started
+        if reached is not None:
+            output.suspend(*(propagation.state, reached) if reached > first else ())
+            raise Interrupted(output.how_to_resume())
+        _check_masks_used(given, output.written, video)
+        output.finish(job.keep)
+
+
+def _open(job: Job, frames: tuple[int, int | None] | None) -> tuple[Video, dict[int, np.ndarray]]:
+    """The video and its masks by frame index, both cut to `frames`."""
+    video = open_video(job.video)
+    given = read_masks(job.masks, video)
+    if frames:
+        video = video.part(*frames)
+        given = {index - frames[0]: mask for index, mask in given.items() if index >= frames[0] and (frames[1] is None or index < frames[1])}
+    if not given:
+        raise VideoError(f"{video.source}: no mask inside frames {frames[0]}:{frames[1] or ''}; give one there")
+    return video, given
+
+
+def _stream(frames: Iterable[Frame], propagation: Propagation, output: VideoOutput, first: int, depth: int, bar: tqdm) -> int | None:
+    """Decode, model and write at the same time, from frame `first`, whose predecessors are there already.
+
+    Returns None at the end of the video; after Ctrl-C the number of frames that the state covers.
+    """
+
+    def write(result: FrameResult) -> None:
+        output.write(result)
+        if result.index >= first:
+            bar.update()
+
+    def announce() -> None:
+        bar.write("stopping at the end of this clip (Ctrl-C again: at once)", file=sys.stderr)
+
+    with Prefetch(frames, depth) as source, Background(write, depth) as sink, stop_on_interrupt(announce) as stop:
+        source = iter(source)
+        for result in output.finished_frames(source, first):
+            sink.put(result)
+            if stop.is_set():
+                return first
+        for frame in source:
+            results = propagation.step(frame)
+            for result in results:
+                sink.put(result)
+            if results and stop.is_set():
+                return results[-1].index + 1
+        for result in propagation.finish():
+            sink.put(result)
+    return None
+
+
+def _progress_bar(video: Video, done: int, shown: bool) -> tqdm:
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} frames, {rate_noinv_fmt}, {remaining} left"
+    return tqdm(total=video.frame_count, initial=done, desc=video.name, unit=" frames", bar_format=form, leave=False, disable=None if shown else True)
+
+
+def _check_masks_used(given: dict, frame_count: int, video: Video) -> None:
+    late = [index for index in given if index >= frame_count]
+    if late:
+        raise VideoError(f"{video.source}: there is a mask for frame {late[0]} but only {frame_count} frames (counted from 0); correct the frame number")
