@@ -4,6 +4,7 @@
 PYVSEG_CUDA=0 leaves the CUDA library out, PYVSEG_CUDA=1 insists on it; by default it is built wherever nvcc is found.
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -51,8 +52,11 @@ class CMakeBuild(build_ext):
             "PYVSEG_NVCC": NVCC or "",
         }
         configure = ["cmake", "-S", str(ROOT), "-B", str(tree), "-G", "Ninja"]
-        self.call(configure + [f"-D{name}={value}" for name, value in options.items()], "configuring")
-        self.call(["cmake", "--build", str(tree), *self.jobs()], "compiling")
+        tree.mkdir(parents=True, exist_ok=True)
+        with open(tree / "lock", "w") as lock:  # two installations at once would write over each other's files
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.call(configure + [f"-D{name}={value}" for name, value in options.items()], "configuring")
+            self.call(["cmake", "--build", str(tree), *self.jobs()], "compiling")
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)

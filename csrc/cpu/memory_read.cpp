@@ -96,7 +96,8 @@ PYVSEG_INLINE int64_t count_greater(const int32_t* scores, int64_t n, int32_t th
 void prune(Block& block, const Candidates& candidates, int64_t q, int64_t n, int64_t k) {
   int32_t* scores = candidates.scores + q * candidates.capacity;
   int32_t* positions = candidates.positions + q * candidates.capacity;
-  int64_t low = block.bound[q], high = INT32_MIN, above = 0;  // count(> low) > k >= count(> high) = above
+  // The bound itself may be among the kept. count(> low) > k >= count(> high) = above
+  int64_t low = int64_t(block.bound[q]) - 1, high = INT32_MIN, above = 0;
   for (int64_t i = 0; i < n; ++i) high = scores[i] > high ? scores[i] : high;
   const int64_t padded = round_up(n, kLanes);
   for (int64_t i = n; i < padded; ++i) scores[i] = INT32_MIN;

@@ -43,6 +43,9 @@ if _wish not in ("auto", *BACKENDS):
     raise PyvsegError(f"PYVSEG_BACKEND={_wish} is not one of auto, {', '.join(BACKENDS)}")
 
 
+_warned: set[tuple[str, str]] = set()
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """All ops of the process use this backend within the block: "auto", "cpu", "cuda", "triton" or "reference"."""
@@ -76,9 +79,13 @@ def _cuda_library_missing() -> str:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def missing(op: str, name: str) -> str:
     """Why this backend of the op cannot run here; empty when it can."""
+    return _missing(op, name)
+
+
+@functools.cache
+def _missing(op: str, name: str) -> str:
     if name == "reference":
         return ""
     if name == "triton":
@@ -97,8 +104,10 @@ def missing(op: str, name: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _warn(op: str, device: str, slower: str) -> None:
+    if (op, device) in _warned:
+        return
+    _warned.add((op, device))
     reason = missing(op, "cuda" if device == "cuda" else "cpu")
     warnings.warn(f"pyvseg.ops.{op} runs on the PyTorch reference, about {slower} slower: {reason}", stacklevel=4)
 
