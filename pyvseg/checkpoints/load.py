@@ -44,7 +44,7 @@ def load_into(
 
     Args:
         name: what the messages call the model or its file.
-        ignore: a regular expression for names, after mapping, that may be missing or left over.
+        ignore: a regular expression for names, after mapping, that are not looked at on either side (counters, recomputed tables).
 
     Raises CheckpointError, and leaves the model as it was, unless every name and shape fits: the message lists what is
     missing, unexpected or of another shape, and whose file it seems to be.
@@ -52,8 +52,7 @@ def load_into(
     ours = model.state_dict()
     theirs = map_keys(state, key_map, name=name)
     if ignore is not None:
-        ours = {key: value for key, value in ours.items() if key in theirs or not re.search(ignore, key)}
-        theirs = {key: value for key, value in theirs.items() if key in ours or not re.search(ignore, key)}
+        ours, theirs = ({k: v for k, v in d.items() if not re.search(ignore, k)} for d in (ours, theirs))
     shapes = [
         f"{key}: file {tuple(theirs[key].shape)}, model {tuple(value.shape)}"
         for key, value in ours.items()

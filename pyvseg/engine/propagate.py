@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Semi-supervised segmentation of one video, clip by clip: frames in, label images out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyvseg.engine.types import Frame, FrameResult
+from pyvseg.errors import VideoError
+from pyvseg.models.stcn import STCN, ClipFeatures
+from pyvseg.models.vos import DEFAULT_MEMORY_FRAMES, Geometry, VOSState
+
+DEFAULT_CLIP_LENGTH = 5
+
+
+class Propagation:
+    """Carries the user's masks through a video.
+
+    model              a loaded network
+    clip_length        frames segmented together; longer is faster, shorter follows fast change better
+    max_memory_frames  bound on each memory bank, None for none. A full bank drops its oldest frame that was not annotated
+    required           indices of the frames to segment, None for all (memory frames of STCN are segmented in any case)
+    include_last       the previous clip's last frame is temporary memory even when it is not a memory frame
+    state              to continue after the frame that a saved state ends with
+
+    `step` takes frames in order and returns the results that have become ready: none while a clip fills, all of a clip
+    when it is full or an annotated frame closes it. `finish` returns the rest. Between two calls that returned results
+    `state` is complete: saved then, it continues to the same masks.
+    """
+
+    def __init__(
+        self,
+        model: STCN,
+        *,
+        clip_length: int = DEFAULT_CLIP_LENGTH,
+        max_memory_frames: int | None = DEFAULT_MEMORY_FRAMES,
+        required: set[int] | None = None,
+        include_last: bool = False,
+        state: VOSState | None = None,
+    ) -> None:
+        if clip_length < 1 or (max_memory_frames is not None and max_memory_frames < 1):
+            raise ValueError(f"clip_length and max_memory_frames must be at least 1, got {clip_length} and {max_memory_frames}")
+        self.model, self.clip_length, self.required, self.include_last = model, clip_length, required, include_last
+        self.state = model.new_state(max_memory_frames) if state is None else state
+        self.geometry: Geometry | None = None
+        self._pending: list[Frame] = []
+
+    @torch.inference_mode()
+    def step(self, frame: Frame) -> list[FrameResult]:
+        """Raises VideoError when the frame or its mask has another size than the first frame."""
+        self._check(frame)
+        ids = _ids(frame)
+        if not self.state.object_ids and not ids:
+            return [self._result(frame, np.zeros(frame.image.shape[:2], np.uint8))]
+        if ids:
+            return self._annotate(frame, ids)
+        if self._wanted(frame.index):
+            self._pending.append(frame)
+        return self._segment(closed=False) if len(self._pending) == self.clip_length else []
+
+    @torch.inference_mode()
+    def finish(self) -> list[FrameResult]:
+        return self._segment(closed=True)
+
+    def _check(self, frame: Frame) -> None:
+        size = frame.image.shape[:2]
+        if self.geometry is None:
+            self.geometry = Geometry.of(*size, self.model.settings.short_side)
+        if size != self.geometry.source:
+            before = "x".join(map(str, self.geometry.source[::-1]))
+            raise VideoError(f"frame {frame.name}: size changes from {before} to {size[1]}x{size[0]}; split the video there or resize it")
+        if frame.mask is not None and frame.mask.shape != size:
+            given = "x".join(map(str, frame.mask.shape[::-1]))
+            raise VideoError(f"mask of frame {frame.name} is {given}, the video {size[1]}x{size[0]}; resize the mask without smoothing")
+
+    def _wanted(self, index: int) -> bool:
+        if self.required is None or index in self.required:
+            return True
+        s = self.model.settings
+        if s.schedule == "clip":
+            return False
+        return index % s.memory_every == 0 if s.schedule == "modulo" else index - self._last_memory() >= s.memory_every
+
+    def _last_memory(self) -> int:
+        return self.state.last_memory
+
+    def _annotate(self, frame: Frame, ids: list[int]) -> list[FrameResult]:
+        """Close the running clip with this frame, then enter its masks."""
+        results, before, features = [], None, None
+        if self.state.object_ids and self._wanted(frame.index):
+            self._pending.append(frame)
+        last = self._pending[-1:] == [frame]
+        if self._pending:
+            clip, clip_features, probabilities = self._clip(closed=True)
+            results = self._results(clip[:-1] if last else clip, probabilities)
+            if last:
+                before, features = probabilities[:, -1], _last_frame(clip_features)
+        if features is None:
+            features = self.model.encode(self._input([frame]))
+        masks = dict(zip(ids, self.geometry.masks(frame.mask, ids, self.model.device)))
+        probabilities = self.model.annotate(features, frame.index, masks, before, self.state)
+        return results + self._results([frame], probabilities[:, None])
+
+    def _segment(self, *, closed: bool) -> list[FrameResult]:
+        if not self._pending:
+            return []
+        clip, _, probabilities = self._clip(closed=closed)
+        return self._results(clip, probabilities)
+
+    def _clip(self, *, closed: bool) -> tuple[list[Frame], ClipFeatures, Tensor]:
+        clip, self._pending = self._pending, []
+        features = self.model.encode(self._input(clip))
+        probabilities = self.model.segment_clip(features, self.state)
+        self.model.link(
+            features, [f.index for f in clip], probabilities, self.state,
+            clip_length=self.clip_length, closed=closed, include_last=self.include_last,
+        )  # fmt: skip
+        return clip, features, probabilities
+
+    def _input(self, frames: list[Frame]) -> Tensor:
+        s = self.model.settings
+        return self.geometry.frames(np.stack([f.image for f in frames]), s.mean, s.std, self.model.device)
+
+    def _results(self, frames: list[Frame], probabilities: Tensor) -> list[FrameResult]:
+        ids = self.state.object_ids[: len(probabilities) - 1]
+        # Ties go to the lower id, so the volume is read in ascending order whatever the order of entry.
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        ascending = probabilities if order == list(range(len(ids))) else probabilities[[0, *(i + 1 for i in order)]]
+        ids = sorted(ids)
+        return [self._result(f, self.geometry.labels(ascending[:, t], ids), ids) for t, f in enumerate(frames)]
+
+    def _result(self, frame: Frame, labels: np.ndarray, ids: list[int] = ()) -> FrameResult:
+        return FrameResult(frame.index, frame.name, frame.image, labels, tuple(ids))
+
+
+def propagate(model: STCN, frames: Iterable[Frame], **options) -> Iterator[FrameResult]:
+    """Results of a whole video in frame order, as soon as they are ready; `options` are those of `Propagation`."""
+    propagation = Propagation(model, **options)
+    for frame in frames:
+        yield from propagation.step(frame)
+    yield from propagation.finish()
+
+
+def _ids(frame: Frame) -> list[int]:
+    """Object ids of the frame's mask, ascending; a mask without objects says nothing. 255 is void."""
+    if frame.mask is None:
+        return []
+    return [int(i) for i in np.unique(frame.mask) if 0 < i < 255]
+
+
+def _last_frame(features: ClipFeatures) -> ClipFeatures:
+    return ClipFeatures(**{k: None if v is None else v[-1:] for k, v in vars(features).items()})

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turning a trained network into the form that runs fastest: batch norms folded, channels last, 3x3 convolutions on our kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from pyvseg.layers.conv import fast_conv3x3
+
+
+def fold_batch_norms(root: nn.Module) -> None:
+    """Fold every batch norm of `root`, in evaluation mode, into the convolution before it, in place.
+
+    A pair is recognised by name (`conv1`/`bn1`, `conv`/`bn`, ...) or by being neighbours in a `Sequential`.
+    """
+    for module in root.modules():
+        children = dict(module.named_children())
+        names = list(children)
+        for i, name in enumerate(names):
+            norm = children[name]
+            if not isinstance(norm, nn.BatchNorm2d):
+                continue
+            before = names[i - 1] if isinstance(module, nn.Sequential) else name.replace("bn", "conv")
+            conv = children[before]
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            setattr(module, name, nn.Identity())
+
+
+@torch.no_grad()
+def for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`model` in evaluation mode, folded, in `dtype` and channels last; changed in place and returned.
+
+    Dense 3x3 convolutions of stride 1 become `layers.conv.fast_conv3x3` modules: same result, inference only.
+    """
+    model.eval().requires_grad_(False)
+    fold_batch_norms(model)
+    model.to(dtype=dtype, memory_format=torch.channels_last)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if hasattr(child, "for_inference"):
+                setattr(module, name, child.for_inference())
+            elif type(child) is nn.Conv2d and child.kernel_size == (3, 3) and child.stride == (1, 1) and child.groups == 1:
+                setattr(module, name, fast_conv3x3(child))
+    return model

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Semi-supervised segmentation as the engine sees it: frames to network input and back, and the state between clips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyvseg import checkpoints
+from pyvseg.models.memory import MemoryBank
+
+DEFAULT_MEMORY_FRAMES = 16
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a video's pixels lie in the network's input: resized to (height, width), then padded by (left, right, top, bottom)."""
+
+    source: tuple[int, int]
+    resized: tuple[int, int]
+    padding: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, height: int, width: int, short_side: int | None, multiple: int = 16) -> Geometry:
+        resized = (height, width)
+        if short_side is not None and min(resized) != short_side:
+            resized = tuple(short_side if s == min(resized) else int(short_side * s / min(resized)) for s in resized)
+        across, down = -resized[1] % multiple, -resized[0] % multiple
+        return cls((height, width), resized, (across // 2, across - across // 2, down // 2, down - down // 2))
+
+    def frames(self, images: np.ndarray, mean: tuple, std: tuple, device: torch.device) -> Tensor:
+        """uint8 RGB (L, H, W, 3) -> normalised network input (L, 3, h, w), float32, channels last.
+
+        The published order: normalise, then resize by bicubic interpolation without antialiasing, then pad with zeros.
+        """
+        x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2) / 255
+        x = (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
+        if self.resized != self.source:
+            x = F.interpolate(x, self.resized, mode="bicubic", align_corners=False)
+        return F.pad(x, self.padding).contiguous(memory_format=torch.channels_last)
+
+    def masks(self, labels: np.ndarray, ids: list[int], device: torch.device) -> Tensor:
+        """Label image uint8 (H, W) -> one float mask per id (K, h, w), resized by the nearest-pixel floor rule."""
+        one_hot = torch.from_numpy(np.stack([labels == i for i in ids])).to(device, torch.float32)
+        if self.resized != self.source:
+            one_hot = F.interpolate(one_hot[None], self.resized, mode="nearest")[0]
+        return F.pad(one_hot, self.padding)
+
+    def labels(self, probabilities: Tensor, ids: list[int]) -> np.ndarray:
+        """Probabilities (K + 1, h, w) of the background and of `ids` -> uint8 label image (H, W); ties go to the lower place."""
+        left, _, top, _ = self.padding
+        p = probabilities[:, top : top + self.resized[0], left : left + self.resized[1]]
+        if self.resized != self.source:
+            p = F.interpolate(p[None], self.source, mode="bilinear", align_corners=False)[0]
+        table = torch.tensor([0, *ids], dtype=torch.uint8, device=p.device)
+        return table[p.argmax(0)].cpu().numpy()
+
+
+@dataclass
+class VOSState:
+    """Everything that a video's later frames depend on; bounded if the bank is.
+
+    object_ids          dataset ids in order of entry: the order of every probability volume behind the background
+    banks               one memory bank per group of objects that entered together
+    last_memory         index of the frame that entered memory last
+    max_memory_frames   bound on the frames of each bank, None for none
+    """
+
+    max_memory_frames: int | None = DEFAULT_MEMORY_FRAMES
+    object_ids: list[int] = field(default_factory=list)
+    banks: list[MemoryBank] = field(default_factory=list)
+    last_memory: int = -1
+
+    def remember(self, index: int, key: Tensor, values: Tensor, *, annotated: bool) -> None:
+        """Add frame `index` to every bank: key (cells, CK), values (K, cells, CV) in the order of `object_ids`."""
+        for bank in self.banks:
+            rows = [self.object_ids.index(i) for i in bank.object_ids]
+            bank.append(index, key, values[rows], annotated=annotated, max_frames=self.max_memory_frames)
+        self.last_memory = index
+
+    def remember_temporarily(self, key: Tensor, values: Tensor) -> None:
+        """Add a frame that the next `remember` or `remember_temporarily` drops."""
+        for bank in self.banks:
+            rows = [self.object_ids.index(i) for i in bank.object_ids]
+            bank.temporary = 0
+            bank.append_temporary(key, values[rows])
+
+    def save(self, path: str | Path) -> None:
+        """Write the state as safetensors; `load` gives back one that continues bit for bit the same."""
+        tensors = {}
+        for n, bank in enumerate(self.banks):
+            rows = (bank.frames + bank.temporary) * bank.cells
+            tensors[f"bank{n}.keys"] = bank.keys[:, :rows].contiguous()
+            tensors[f"bank{n}.values"] = bank.values[:, :, :rows].contiguous()
+            counts = [bank.cells, bank.frames, bank.temporary]
+            tensors[f"bank{n}.counts"] = torch.tensor(counts)
+            tensors[f"bank{n}.object_ids"] = torch.tensor(bank.object_ids)
+            tensors[f"bank{n}.origin"] = torch.tensor(bank.origin)
+        tensors["object_ids"] = torch.tensor(self.object_ids, dtype=torch.int64)
+        tensors["last_memory"] = torch.tensor([self.last_memory])
+        bound = -1 if self.max_memory_frames is None else self.max_memory_frames
+        tensors["max_memory_frames"] = torch.tensor([bound])
+        checkpoints.write(path, tensors, {"format": "pyvseg-vos-state"})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> VOSState:
+        tensors = {k: v.to(device) for k, v in checkpoints.read(path).items()}
+        bound = int(tensors["max_memory_frames"])
+        state = cls(None if bound < 0 else bound, tensors["object_ids"].tolist(), [], int(tensors["last_memory"]))
+        while f"bank{len(state.banks)}.keys" in tensors:
+            get = lambda name: tensors[f"bank{len(state.banks)}.{name}"]  # noqa: E731
+            cells, frames, temporary = get("counts").tolist()
+            ids = tuple(get("object_ids").tolist())
+            state.banks.append(
+                MemoryBank(ids, cells, get("keys"), get("values"), frames, temporary, get("origin").tolist())
+            )
+        return state

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named variants: settings, published file, what was published for it."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pyvseg import checkpoints
+from pyvseg.checkpoints import key_maps
+from pyvseg.errors import PyvsegError
+from pyvseg.layers.inference import for_inference
+from pyvseg.models.stcn import STCN, STCNSettings
+
+BUNDLED = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of `pyvseg models`.
+
+    file       name of the published weights file, or of the bundled one
+    published  results its authors report
+    """
+
+    name: str
+    task: str
+    system: str
+    settings: STCNSettings
+    file: str
+    where: str
+    licence: str
+    published: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def bundled(self) -> Path | None:
+        path = BUNDLED / self.file
+        return path if path.is_file() else None
+
+
+_STCN = STCNSettings(refine_width=None, progressive=False, memory_every=5, schedule="distance", short_side=480)
+_TINY = STCNSettings(
+    encoders="efficientnet_lite0",
+    value_width=128,
+    thin_width=96,
+    decoder_widths=(128, 64, 48),
+    refine_width=64,
+    mean=(127 / 255,) * 3,
+    std=(128 / 255,) * 3,
+)
+
+ZOO = {
+    v.name: v
+    for v in (
+        Variant(
+            "pcvos_tiny", "semi-supervised", "pcvos", _TINY, "pcvos_tiny.safetensors", "bundled", "Apache-2.0",
+            note="small encoders, trained by pyvseg; see the model card",
+        ),
+        Variant(
+            "pcvos_r50_ytvos", "semi-supervised", "pcvos", STCNSettings(), "s03_pcvos_ytvos.pth", "the PCVOS authors' repository", "GPL-3.0",
+            {"YouTube-VOS 2019 val G, clip 5/10/15/25": "84.6 / 84.1 / 83.6 / 83.0", "DAVIS 2017 val J&F": "86.1"},
+        ),
+        Variant(
+            "stcn_r50", "semi-supervised", "stcn", _STCN, "stcn.pth", "the STCN authors' repository", "MIT",
+            {"DAVIS 2017 val J&F": "85.3", "YouTube-VOS 2019 val G": "84.2"},
+        ),
+    )
+}  # fmt: skip
+
+
+def variant(name: str) -> Variant:
+    """Raises PyvsegError, with the nearest names, when there is no variant of that name."""
+    if name in ZOO:
+        return ZOO[name]
+    near = difflib.get_close_matches(name, ZOO, n=2, cutoff=0.3) or list(ZOO)
+    raise PyvsegError(f"no model is called {name!r}; did you mean {' or '.join(near)}? (`pyvseg models` lists all)")
+
+
+def build(settings: STCNSettings, weights: dict[str, Tensor], *, name: str) -> STCN:
+    """A network with `weights` under their published names or ours, in evaluation mode, float32, not yet folded."""
+    model = STCN(settings)
+    checkpoints.load_into(model, _widen(weights, model), key_maps.STCN, name=name, ignore=key_maps.STCN_IGNORED)
+    return model.eval()
+
+
+def load(
+    name: str = "pcvos_tiny", *, weights: str | Path | None = None, device: str | None = None, precision: str = "float32"
+) -> STCN:
+    """The network of a variant, ready to run.
+
+    weights    a published checkpoint or a pyvseg safetensors file; may be left out where weights are bundled
+    device     "cpu", "cuda", ...; default: CUDA where there is one
+    precision  "float32" gives the published numbers, "bfloat16" is faster
+
+    Raises PyvsegError for unknown names and precisions, CheckpointError for weights that do not fit.
+    """
+    chosen = variant(name)
+    path = chosen.bundled if weights is None else Path(weights)
+    if path is None:
+        raise PyvsegError(f"{name} has no bundled weights: download {chosen.file} from {chosen.where} ({chosen.licence}) and pass it as weights")
+    if precision not in ("float32", "bfloat16"):
+        raise PyvsegError(f"precision {precision!r} is not supported; use float32 or bfloat16")
+    model = build(chosen.settings, checkpoints.read(path), name=str(path))
+    model.to(_device(device))
+    return for_inference(model, getattr(torch, precision))
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise PyvsegError(f"{name!r} is not a device; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PyvsegError(f"{name}: this machine has no usable CUDA device; use cpu")
+    return device
+
+
+def _widen(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A single-object file's value encoder has no plane for the other objects: give it one that it ignores."""
+    key = "value_encoder.conv1.weight"
+    old, new = weights.get(key), model.value_encoder.trunk.conv1.weight
+    if old is None or old.ndim != 4 or old.shape[1] != 4 or new.shape[1] != 5:
+        return weights
+    return {**weights, key: torch.cat([old, old.new_zeros(old.shape[0], 1, *old.shape[2:])], 1)}
