@@ -40,7 +40,7 @@ class Eval:
     """Write all numbers there too."""
 
 
-def evaluate(options: Eval) -> None:
+def eval(options: Eval) -> None:
     from pyvseg.datasets.davis import Davis
 
     dataset = Davis(options.gt)

@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from pyvseg.cli.eval import Eval, evaluate
+from pyvseg.cli.eval import Eval, eval
+from pyvseg.cli.main import main
 from pyvseg.errors import PyvsegError
 from pyvseg.metrics import vos
 from pyvseg.video.png import write_labels
@@ -38,7 +39,7 @@ def folders(tmp_path, volumes):
 
 def run(folders, **options):
     path = folders[0].parent / "scores.json"
-    evaluate(Eval(*folders, json=path, **options))
+    eval(Eval(*folders, json=path, **options))
     return json.loads(path.read_text())
 
 
@@ -149,8 +150,15 @@ def test_wrong_folders(folders, tmp_path):
 def test_real_predictions(tmp_path):
     expected = json.loads((shared("data", "davis_predictions") / "expected.json").read_text())["results"]
     folders = shared("data", "davis_predictions", "osvos"), shared("data", "davis2016")
-    evaluate(Eval(*folders, sequences=("blackswan", "car-shadow"), json=tmp_path / "scores.json"))
+    eval(Eval(*folders, sequences=("blackswan", "car-shadow"), json=tmp_path / "scores.json"))
     for name, got in json.loads((tmp_path / "scores.json").read_text())["sequences"].items():
         assert got["J-Mean"] == pytest.approx(expected[name]["J_mean"], abs=1e-9)
         assert got["F-Mean"] == pytest.approx(expected[name]["F_mean"], abs=1e-9)
         assert got["J&F-Mean"] == pytest.approx(expected[name]["J_and_F"], abs=1e-9)
+
+
+def test_exit_status(folders, capsys):
+    results, truth = map(str, folders)
+    assert main(["eval", results, "--gt", truth, "--sequences", "bear"]) == 0
+    assert main(["eval", results, "--gt", truth, "--sequences", "camel"]) == 2
+    assert capsys.readouterr().err.startswith("pyvseg: error: ")
