@@ -61,7 +61,7 @@ def run(
     masks=None,
     *,
     out: str | Path,
-    overlay: bool | None = None,
+    overlay: bool = True,
     overwrite: bool = False,
     resume: bool = False,
     frames: tuple[int, int | None] | None = None,
@@ -72,8 +72,8 @@ def run(
 ) -> Summary:
     """Segments one video, or every sequence of a DAVIS/YouTube-VOS folder, and writes the results under `out`.
 
-    One video: OUT/masks/FRAME.png, OUT/masks.json, OUT/overlay.mp4.
-    Dataset: OUT/Annotations/SEQUENCE/FRAME.png, OUT/rle/SEQUENCE.json, and with overlay=True OUT/overlays/SEQUENCE.mp4.
+    overlay=False leaves the videos out. One video: OUT/masks/FRAME.png, OUT/masks.json, OUT/overlay.mp4.
+    Dataset: OUT/Annotations/SEQUENCE/FRAME.png, OUT/rle/SEQUENCE.json, and OUT/overlays/SEQUENCE.mp4.
 
     video, masks: see `open_video` and `read_masks`; a dataset brings its own masks. frames: (start, stop) of one video,
     counted from 0; masks keep the frame numbers of the whole video. queue_frames bounds the frames that wait between
@@ -87,12 +87,12 @@ def run(
         if masks is not None:
             raise PyvsegError(f"{video} is a dataset folder with its own Annotations; leave --mask out")
         jobs, note = find_jobs(Path(video), annotations, sequences)
-        targets = [_dataset_targets(out, job.name, bool(overlay)) for job in jobs]
+        targets = [_dataset_targets(out, job.name, overlay) for job in jobs]
     else:
         if masks is None:
             raise VideoError(f"{video}: labels are missing: say what to follow with --mask FIRST.png (palette PNG, binary PNGs or JSON)")
         jobs, note = [Job("", video, masks)], ""
-        targets = [Targets(out, out / UNFINISHED, out / "masks", None if overlay is False else out / "overlay.mp4", out / "masks.json")]
+        targets = [Targets(out, out / UNFINISHED, out / "masks", out / "overlay.mp4" if overlay else None, out / "masks.json")]
     _check_out(out, overwrite, resume)
     summary = Summary(out, targets, note=note)
     if note and progress:

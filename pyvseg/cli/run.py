@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pyvseg run`"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from pyvseg.errors import PyvsegError
+
+
+@dataclass
+class Run:
+    """Follow objects through a video: from masks at one or more frames to masks at every frame.
+
+    For one video OUT receives overlay.mp4, masks/ (palette PNGs) and masks.json (COCO RLE). For example
+
+        pyvseg run video.mp4 --mask first_frame.png
+        pyvseg run frames/ --mask objects.json --model stcn_r50 --weights stcn.pth --out results
+        pyvseg run DAVIS --sequences DAVIS/ImageSets/2017/val.txt --out results
+
+    Ctrl-C stops at the end of a clip; the same command with --resume goes on and gives the same masks.
+    """
+
+    video: tyro.conf.Positional[Path]
+    """An MP4/AVI/MKV, a folder of images, or a DAVIS/YouTube-VOS folder (with JPEGImages and Annotations)."""
+    mask: tuple[Path, ...] = ()
+    """First frame's mask: a palette PNG (pixel = object id), one binary PNG per object, a folder of PNGs, or a JSON of polygons, boxes or COCO RLE."""
+    model: str = "pcvos_tiny"
+    """A name of `pyvseg models`."""
+    weights: Path | None = None
+    """A published checkpoint or a safetensors file; not needed where weights are bundled."""
+    out: Path = Path("output")
+    """Folder for the results."""
+    clip_length: int = 5
+    """Frames segmented together: longer is faster, shorter follows fast change better."""
+    max_memory_frames: int | Literal["none", "default"] = "default"
+    """Frames that the memory holds; none = no bound, as published."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: str | None = None
+    """cpu, cuda, cuda:1; left out: CUDA where there is one."""
+    frames: str | None = None
+    """Only this part of one video, START:STOP, counted from 0 (100: = from frame 100 on)."""
+    annotations: Literal["auto", "first", "all"] = "auto"
+    """Datasets: use each sequence's first mask, or all; auto = first where every frame is annotated."""
+    sequences: list[str] = field(default_factory=list)
+    """Datasets: names of sequences, or a text file that lists them."""
+    overlay: bool = True
+    """Leave out the overlay video."""
+    overwrite: bool = False
+    """Replace results that are already in OUT."""
+    resume: bool = False
+    """Go on with an interrupted run in OUT."""
+
+
+def run(options: Run) -> None:
+    from pyvseg.engine.run import run as run_engine
+
+    bounds = _frame_range(options.frames)
+    masks = list(options.mask) or None
+    summary = run_engine(
+        _tracker(options), options.video, masks, out=options.out, overlay=options.overlay, overwrite=options.overwrite, resume=options.resume,
+        frames=bounds, annotations=options.annotations, sequences=options.sequences, queue_frames=2 * options.clip_length,
+    )  # fmt: skip
+    report(summary)
+
+
+def report(summary) -> None:
+    """Says where the results lie and how fast they came."""
+    if len(summary.targets) == 1:
+        (target,) = summary.targets
+        if target.overlay:
+            print(f"overlay video   {target.overlay}")
+        print(f"palette PNGs    {target.masks}")
+        print(f"COCO RLE JSON   {target.rle}")
+    else:
+        print(f"{len(summary.targets)} sequences   {summary.out}")
+    if summary.frames:
+        print(f"{summary.frames} frames in {summary.seconds:.1f} s: {summary.fps:.1f} frames per second, reading and writing included")
+    else:
+        print("nothing left to do", file=sys.stderr)
+
+
+def _frame_range(text: str | None) -> tuple[int, int | None] | None:
+    if text is None:
+        return None
+    start, colon, stop = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return int(start or 0), int(stop) if stop else None
+    except ValueError:
+        raise PyvsegError(f"--frames {text}: expected START:STOP, for example 0:100") from None
+
+
+def _tracker(options: Run):
+    """Loads the model; nothing has been written yet when this fails."""
+    if options.clip_length < 1:
+        raise PyvsegError(f"--clip-length {options.clip_length}: must be at least 1")
+    if isinstance(options.max_memory_frames, int) and options.max_memory_frames < 1:
+        raise PyvsegError(f"--max-memory-frames {options.max_memory_frames}: must be at least 1, or none")
+    if options.weights is not None and not options.weights.is_file():
+        raise PyvsegError(f"weights {options.weights}: no such file")
+    from pyvseg.engine.run import Tracker
+    from pyvseg.engine.propagate import Propagation
+    from pyvseg.models import zoo
+    from pyvseg.models.vos import DEFAULT_MEMORY_FRAMES, VOSState
+
+    model = zoo.load(options.model, weights=options.weights, device=options.device, precision=options.precision)
+    bound = {"none": None, "default": DEFAULT_MEMORY_FRAMES}.get(options.max_memory_frames, options.max_memory_frames)
+
+    def propagation(saved: Path | None) -> Propagation:
+        state = VOSState.load(saved, model.device) if saved else None
+        return Propagation(model, clip_length=options.clip_length, max_memory_frames=bound, state=state)
+
+    settings = {
+        "model": options.model, "weights": str(options.weights), "clip_length": options.clip_length,
+        "max_memory_frames": bound, "precision": options.precision, "device": str(model.device),
+    }  # fmt: skip
+    return Tracker(propagation, settings)
