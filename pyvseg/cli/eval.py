@@ -7,15 +7,17 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import tyro
 
 from pyvseg.errors import OutputError, PyvsegError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pyvseg.datasets.davis import Davis
     from pyvseg.metrics.vos import Scores
 
@@ -68,16 +70,15 @@ def _sequences(dataset: Davis, options: Eval) -> list[str]:
 
 def score_sequence(dataset: Davis, name: str, results: Path) -> Scores:
     """J and F of the label PNGs in `results` for the sequence `name`. Raises PyvsegError that names the sequence and what is wrong."""
+    from pyvseg.datasets.davis import VOID, is_binary
     from pyvseg.metrics import vos
     from pyvseg.video.png import read_labels
 
-    annotations = dataset.annotations(name)
-    first = read_labels(next(iter(annotations.values())))
-    binary = _is_binary(first)
-    num_objects = 1 if binary else int(first[first != vos.VOID].max(initial=0))
+    scored = list(dataset.annotations(name))[1:-1]
+    annotations = dataset.labels(name)
+    num_objects = int(next(annotations)[1].max(initial=0))
     if num_objects == 0:
         raise PyvsegError(f"{name}: the first annotation shows no object, so there is nothing to score")
-    scored = list(annotations)[1:-1]
     missing = [stem for stem in scored if not (results / f"{stem}.png").is_file()]
     if missing:
         raise PyvsegError(f"{results}: {len(missing)} of {len(scored)} result PNGs are missing, the first is {missing[0]}.png")
@@ -85,22 +86,16 @@ def score_sequence(dataset: Davis, name: str, results: Path) -> Scores:
 
     def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         nonlocal stem
-        for stem in scored:
-            annotation, result = read_labels(annotations[stem]), read_labels(results / f"{stem}.png")
-            annotation = annotation == vos.VOID if binary else np.where(annotation == vos.VOID, 0, annotation)
-            if num_objects == 1 and _is_binary(result):
-                result = result == vos.VOID
-            yield annotation.astype(np.uint8), result.astype(np.uint8)
+        for stem, annotation in islice(annotations, len(scored)):
+            result = read_labels(results / f"{stem}.png")
+            if num_objects == 1 and is_binary(result):
+                result = result // VOID
+            yield annotation, result
 
     try:
         return vos.sequence_scores(pairs(), num_objects)
     except PyvsegError as error:
         raise PyvsegError(f"{' '.join(filter(None, (name, stem)))}: {error}") from None
-
-
-def _is_binary(labels: np.ndarray) -> bool:
-    """DAVIS 2016 stores its one object as 255, which is void in DAVIS 2017."""
-    return np.array_equal(np.unique(labels), (0, 255))
 
 
 def tabulate(scores: dict[str, Scores]) -> dict:

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from pyvseg.errors import PyvsegError
+import numpy as np
 
+from pyvseg.errors import PyvsegError
+from pyvseg.video.png import read_labels
+
+VOID = 255
 RESOLUTIONS = ("480p", "Full-Resolution")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -45,6 +50,18 @@ class Davis:
         """Label PNGs of a sequence by stem, in order; test sets have only the first."""
         return self._files("Annotations", sequence, (".png",))
 
+    def labels(self, sequence: str) -> Iterator[tuple[str, np.ndarray]]:
+        """Stem and label image (H, W) uint8 of every annotation, in order: 0 = background and void, 1..K = objects.
+
+        A sequence whose first annotation holds only 0 and 255 is stored as in DAVIS 2016: there 255 is object 1.
+        """
+        binary = None
+        for stem, path in self.annotations(sequence).items():
+            labels = read_labels(path)
+            if binary is None:
+                binary = is_binary(labels)
+            yield stem, (labels == VOID).astype(np.uint8) if binary else np.where(labels == VOID, 0, labels)
+
     def _part(self, part: str) -> Path:
         folder = self.root / part
         if not folder.is_dir():
@@ -59,6 +76,11 @@ class Davis:
         if not files:
             raise PyvsegError(f"{folder}: no {' or '.join(suffixes)} files of sequence {sequence!r} there")
         return files
+
+
+def is_binary(labels: np.ndarray) -> bool:
+    """Whether a label image holds one object as 255, which is void elsewhere."""
+    return np.array_equal(np.unique(labels), (0, VOID))
 
 
 def _sequence_name(line: str) -> str:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import numpy as np
 import pytest
 
 from pyvseg.datasets.davis import Davis
 from pyvseg.errors import PyvsegError
+from pyvseg.video.png import write_labels
 from tests.conftest import shared
 
 
@@ -55,3 +57,15 @@ def test_the_stored_sequences():
     assert names == davis.sequences() and len(names) == 8
     assert sum(len(davis.frames(name)) for name in names) == 510
     assert all(davis.frames(name).keys() == davis.annotations(name).keys() for name in names)
+
+
+@pytest.mark.parametrize("values, expected", [((0, 1, 255), (0, 1, 0)), ((0, 255, 255), (0, 1, 1)), ((1, 2, 0), (1, 2, 0))])
+def test_labels(tmp_path, values, expected):
+    first = np.array([values], np.uint8)
+    later = np.array([(0, 0, 255)], np.uint8)  # 255 keeps the meaning that it has in the first frame
+    for name, labels in (("00000", first), ("00001", later)):
+        touch(tmp_path, f"Annotations/bear/{name}.png")
+        write_labels(tmp_path / f"Annotations/bear/{name}.png", labels)
+    got = dict(Davis(tmp_path).labels("bear"))
+    assert got["00000"].tolist() == [list(expected)]
+    assert got["00001"].tolist() == [[0, 0, int(values == (0, 255, 255))]]
