@@ -11,12 +11,14 @@ where the case's notes state another one; `NotCovered(reason)` in place of a res
 A new system adds one file here and one row below.
 """
 
-from pyvseg.verify.adapters import metrics_vos, ops_memory_read
+from pyvseg.verify.adapters import metrics_vos, ops_memory_read, pcvos, stcn
 from pyvseg.verify.adapters.not_covered import NotCovered
 
 ADAPTERS = {
     "metrics-vos": metrics_vos.run,
     "ops-memory_read": ops_memory_read.run,
+    "pcvos": pcvos.run,
+    "stcn": stcn.run,
 }
 
 __all__ = ["ADAPTERS", "NotCovered"]
