@@ -1,2 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fast open engine for video segmentation."""
+"""pyvseg: fast video segmentation with the published checkpoints of the field.
+
+    model = pyvseg.load("pcvos_tiny")
+    for result in model.track("clip.mp4", "first_mask.png"):
+        result.labels  # uint8 (H, W), object id of each pixel
+"""
+
+__version__ = "0.1.0"
+__all__ = ["Model", "Stream", "__version__", "load"]
+
+
+def __getattr__(name: str):
+    # torch takes seconds to import; `pyvseg --help` and tools that only read the version need not wait for it.
+    if name in ("Model", "Stream", "load"):
+        from pyvseg import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'pyvseg' has no attribute {name!r}")

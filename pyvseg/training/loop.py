@@ -45,7 +45,7 @@ class Schedule:
 
 
 def train(model: STCN, data: Mixture, schedule: Schedule, out: Path, *, workers: int = 1) -> None:
-    """Train `model` in place; OUT/model.safetensors holds the averaged weights, OUT/resume.pt what a restart needs.
+    """Train `model` in place; OUT/model.safetensors holds the averaged weights in half precision, OUT/resume.pt what a restart needs.
 
     A run that finds OUT/resume.pt goes on from there. Raises CheckpointError when that file does not fit.
     """
@@ -134,7 +134,8 @@ def _average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def _save(out: Path, model, average, optimizer, iteration: int, schedule: Schedule) -> None:
-    checkpoints.write(out / "model.safetensors", average.state_dict(), {"iterations": str(iteration), "schedule": json.dumps(asdict(schedule))})
+    half = {k: v.half() if v.is_floating_point() else v for k, v in average.state_dict().items()}
+    checkpoints.write(out / "model.safetensors", half, {"iterations": str(iteration), "schedule": json.dumps(asdict(schedule))})
     partial = out / "resume.pt.partial"
     torch.save({"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}, partial)
     os.replace(partial, out / "resume.pt")

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `import pyvseg` offers: load a model, track objects through a video or a live stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from pyvseg.engine.propagate import DEFAULT_CLIP_LENGTH, Propagation, propagate
+from pyvseg.engine.types import Frame, FrameResult
+from pyvseg.models import zoo
+from pyvseg.models.stcn import STCN
+from pyvseg.models.vos import DEFAULT_MEMORY_FRAMES
+from pyvseg.video import frames_with_masks, open_video, read_masks
+
+
+class Model:
+    """A loaded model; `network` is the torch module."""
+
+    def __init__(self, network: STCN) -> None:
+        self.network = network
+
+    def track(
+        self,
+        video: str | Path | Iterable[np.ndarray],
+        masks: str | Path | np.ndarray | Mapping[int, np.ndarray],
+        *,
+        clip_length: int = DEFAULT_CLIP_LENGTH,
+        max_memory_frames: int | None = DEFAULT_MEMORY_FRAMES,
+    ) -> Iterator[FrameResult]:
+        """Follow the masked objects through the video; one result per frame, in order, as soon as it is ready.
+
+        video              a video file, a folder of images, or uint8 RGB arrays (H, W, 3)
+        masks              for frame 0: a palette PNG, a JSON of polygons, boxes or RLE, or a label image uint8 (H, W);
+                           or {frame index: label image}, which lets objects enter later
+        clip_length        frames segmented together: longer is faster
+        max_memory_frames  bound on the memory, None for the published behaviour (grows with the video)
+
+        Raises VideoError for a video or masks that cannot be used.
+        """
+        opened = open_video(video)
+        frames = frames_with_masks(opened, read_masks(masks, opened))
+        return propagate(self.network, frames, clip_length=clip_length, max_memory_frames=max_memory_frames)
+
+    def stream(self, *, max_memory_frames: int | None = DEFAULT_MEMORY_FRAMES) -> Stream:
+        """For a camera: the result of each frame as it comes, the same as `track` gives with clip_length=1."""
+        return Stream(Propagation(self.network, clip_length=1, max_memory_frames=max_memory_frames))
+
+
+class Stream:
+    """A running propagation that is fed by hand."""
+
+    def __init__(self, propagation: Propagation) -> None:
+        self.propagation, self.frames = propagation, 0
+
+    def step(self, image: np.ndarray, mask: np.ndarray | None = None) -> FrameResult:
+        """Segment the next frame, uint8 RGB (H, W, 3); `mask`, uint8 (H, W), enters objects or corrects them at this frame.
+
+        Raises VideoError when the frame or its mask has another size than the first frame.
+        """
+        (result,) = self.propagation.step(Frame(self.frames, image, f"{self.frames:05d}", mask))
+        self.frames += 1
+        return result
+
+
+def load(
+    name: str = "pcvos_tiny", *, weights: str | Path | None = None, device: str | None = None, precision: str = "float32"
+) -> Model:
+    """A named model (`pyvseg models` lists them), ready to run; see `pyvseg.models.zoo.load` for the arguments."""
+    return Model(zoo.load(name, weights=weights, device=device, precision=precision))
