@@ -162,3 +162,16 @@ def test_exit_status(folders, capsys):
     assert main(["eval", results, "--gt", truth, "--sequences", "bear"]) == 0
     assert main(["eval", results, "--gt", truth, "--sequences", "camel"]) == 2
     assert capsys.readouterr().err.startswith("pyvseg: error: ")
+
+
+def test_stored_case_through_png_folders(tmp_path):
+    """The numbers of the official tool, from folders as a user has them."""
+    with np.load(shared("parity", "metrics-vos") / "tensors.npz") as case:
+        for name in ("alpha", "beta", "gamma", "delta", "eps"):
+            write(tmp_path / "gt" / "Annotations" / "480p" / name, case[f"in/{name}/gt"])
+            write(tmp_path / "results" / name, case[f"in/{name}/result"])
+        scores = run((tmp_path / "results", tmp_path / "gt"))
+        assert list(scores["totals"].values()) == pytest.approx(case["out/global"].tolist(), abs=1e-12)
+        for name in ("alpha_1", "beta_3", "gamma_2", "eps_1"):
+            sequence, number = name.split("_")
+            assert scores["sequences"][sequence]["objects"][number]["F-Mean"] == pytest.approx(case[f"out/{name}/F"].mean(), abs=1e-12)
