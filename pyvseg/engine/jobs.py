@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What there is to do: one video with its masks, or every sequence of a DAVIS or YouTube-VOS folder."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyvseg.datasets.davis import Davis
+from pyvseg.datasets.youtube_vos import YouTubeVOS
 from pyvseg.errors import PyvsegError, VideoError
 
 
@@ -30,58 +31,31 @@ def find_jobs(root: Path, annotations: str = "auto", sequences: list[str] | None
     "all" uses every mask (YouTube-VOS: a frame's PNG holds the objects that enter there), "auto" takes "first" for
     sequences with a mask at every frame and "all" for the others.
     """
-    images, masks = _resolution(root / "JPEGImages"), _resolution(root / "Annotations")
-    found = sorted(path.name for path in images.iterdir() if path.is_dir())
-    names = _listed(sequences, found, images) if sequences else found
+    dataset = Davis(root)
+    required = YouTubeVOS(root).required_frames if (root / "meta.json").is_file() else None
+    known = dataset.sequences()
+    names = _listed(sequences, known, root) if sequences else known
     if not names:
-        raise VideoError(f"{images}: no sequences in this folder; expected one folder of images per sequence")
-    missing = [name for name in names if not any((masks / name).glob("*.png"))]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise VideoError(f"{masks / missing[0]}: no masks for this sequence{more}; add its first mask as palette PNG, or choose others with --sequences")
-    required = _required_frames(root)
+        raise VideoError(f"{root}: no sequences in JPEGImages and Annotations; expected one folder of images and one of masks for each")
     jobs, first_only = [], 0
     for name in names:
-        files = sorted((masks / name).glob("*.png"))
-        frames = sum(1 for _ in (images / name).iterdir())
-        first = annotations == "first" or (annotations == "auto" and len(files) >= frames)
-        first_only += first
-        jobs.append(_job(name, images / name, files[:1] if first else files, required.get(name)))
-    note = f"{len(jobs)} sequences: the first mask only for {first_only}, every given mask for {len(jobs) - first_only}"
+        images, masks = dataset.frames(name), dataset.annotations(name)
+        first = next(iter(masks))
+        if annotations == "first" or (annotations == "auto" and len(masks) >= len(images)):
+            masks, first_only = {first: masks[first]}, first_only + 1
+        keep = frozenset(stem for stem in required(name) if stem >= first) if required else None
+        jobs.append(Job(name, next(iter(images.values())).parent, masks, keep))
+    note = f"{len(jobs)} sequences: first mask only for {first_only}, every given mask for {len(jobs) - first_only}"
     return jobs, note
 
 
-def _resolution(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise VideoError(f"{folder}: no such folder; a dataset needs JPEGImages and Annotations")
-    return folder / "480p" if (folder / "480p").is_dir() else folder
-
-
-def _listed(sequences: list[str], found: list[str], images: Path) -> list[str]:
+def _listed(sequences: list[str], known: list[str], root: Path) -> list[str]:
     """Names given on the command line, or in the lines of a text file (ImageSets/.../val.txt)."""
     names = []
     for item in sequences:
-        names += Path(item).read_text().split() if item.endswith(".txt") and Path(item).is_file() else [item]
+        path = Path(item)
+        names += path.read_text().split() if path.suffix == ".txt" and path.is_file() else [item]
     for name in names:
-        if name not in found:
-            raise PyvsegError(f"{images}: no sequence {name}; there are {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}")
+        if name not in known:
+            raise PyvsegError(f"{root}: no sequence {name}; there are {', '.join(known[:5])}{', ...' if len(known) > 5 else ''}")
     return names
-
-
-def _required_frames(root: Path) -> dict[str, frozenset[str]]:
-    """Frames that YouTube-VOS asks for, from its meta.json; empty for other datasets."""
-    path = root / "meta.json"
-    if not path.is_file():
-        return {}
-    try:
-        videos = json.loads(path.read_text())["videos"]
-        return {name: frozenset(f for o in video["objects"].values() for f in o["frames"]) for name, video in videos.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise VideoError(f"{path}: not the meta.json of YouTube-VOS; mend or remove it") from None
-
-
-def _job(name: str, folder: Path, files: list[Path], required: frozenset[str] | None) -> Job:
-    keep = None
-    if required is not None:
-        keep = frozenset(stem for stem in required if stem >= files[0].stem)
-    return Job(name, folder, {file.stem: file for file in files}, keep)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Protocol
 
 import numpy as np
@@ -97,10 +98,17 @@ def run(
     summary = Summary(out, targets, note=note)
     if note and progress:
         print(note, file=sys.stderr)
-    for job, target in zip(jobs, targets, strict=True):
-        if not (resume and target.masks.is_dir()):
-            _run_video(tracker, job, target, summary, resume, frames, queue_frames, progress)
+    with stop_on_interrupt(_announce_stop) as stop:
+        for done, (job, target) in enumerate(zip(jobs, targets, strict=True)):
+            if stop.is_set():
+                raise Interrupted(f"stopped after {done} of {len(jobs)} sequences; the same command with --resume goes on")
+            if not (resume and target.masks.is_dir()):
+                _run_video(tracker, job, target, summary, stop, resume, frames, queue_frames, progress)
     return summary
+
+
+def _announce_stop() -> None:
+    tqdm.write("stopping at the end of this clip (Ctrl-C again: at once)", file=sys.stderr)
 
 
 def _dataset_targets(out: Path, name: str, overlay: bool) -> Targets:
@@ -117,7 +125,9 @@ def _check_out(out: Path, overwrite: bool, resume: bool) -> None:
     raise OutputError(f"{out} already holds {'an unfinished run' if (out / UNFINISHED).exists() else 'results or other files'}; {advice}")
 
 
-def _run_video(tracker: Tracker, job: Job, targets: Targets, summary: Summary, resume: bool, frames, depth: int, progress: bool) -> None:
+def _run_video(
+    tracker: Tracker, job: Job, targets: Targets, summary: Summary, stop: Event, resume: bool, frames, depth: int, progress: bool
+) -> None:  # fmt: skip
     video, given = _open(job, frames)
     settings = {"video": video.source, "frames": list(frames or ()), "masks": fingerprint(given), **tracker.settings}
     output = VideoOutput(targets, video.name, video.size, video.fps, settings)
@@ -126,7 +136,7 @@ def _run_video(tracker: Tracker, job: Job, targets: Targets, summary: Summary, r
     with output.guard(), _progress_bar(video, first, progress) as bar:
         output.open(first)
         propagation = tracker.propagation(output.state_path(first) if first else None)
-        reached = _stream(frames_with_masks(video, given), propagation, output, first, depth, bar)
+        reached = _stream(frames_with_masks(video, given), propagation, output, first, stop, depth, bar)
         summary.frames += output.written - first
         summary.seconds += time.perf_counter() - started
         if reached is not None:
@@ -148,7 +158,7 @@ def _open(job: Job, frames: tuple[int, int | None] | None) -> tuple[Video, dict[
     return video, given
 
 
-def _stream(frames: Iterable[Frame], propagation: Propagation, output: VideoOutput, first: int, depth: int, bar: tqdm) -> int | None:
+def _stream(frames: Iterable[Frame], propagation: Propagation, output: VideoOutput, first: int, stop: Event, depth: int, bar: tqdm) -> int | None:
     """Decode, model and write at the same time, from frame `first`, whose predecessors are there already.
 
     Returns None at the end of the video; after Ctrl-C the number of frames that the state covers.
@@ -159,10 +169,7 @@ def _stream(frames: Iterable[Frame], propagation: Propagation, output: VideoOutp
         if result.index >= first:
             bar.update()
 
-    def announce() -> None:
-        bar.write("stopping at the end of this clip (Ctrl-C again: at once)", file=sys.stderr)
-
-    with Prefetch(frames, depth) as source, Background(write, depth) as sink, stop_on_interrupt(announce) as stop:
+    with Prefetch(frames, depth) as source, Background(write, depth) as sink:
         source = iter(source)
         for result in output.finished_frames(source, first):
             sink.put(result)
