@@ -16,9 +16,10 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.45) -
     through the whole video because the colour depends on its id alone.
     """
     colours = cv2.LUT(cv2.merge([labels, labels, labels]), _LUT)
-    tinted = cv2.addWeighted(image, 1 - opacity, colours, opacity, 0)
-    drawn = np.where((labels > 0)[..., None], tinted, image)
+    drawn = image.copy()
+    cv2.copyTo(cv2.addWeighted(image, 1 - opacity, colours, opacity, 0), labels, drawn)
     thickness = 3 if min(labels.shape) < 720 else 5
-    inner = cv2.erode(labels, np.ones((thickness, thickness), np.uint8))  # the smallest id nearby: differs from the label only inside, near a border
-    border = (inner != labels)[..., None]
-    return np.where(border, cv2.addWeighted(colours, 0.75, np.full_like(colours, 255), 0.25, 0), drawn)
+    inner = cv2.erode(labels, np.ones((thickness, thickness), np.uint8))  # the smallest id nearby: another than the label only inside, near a border
+    border = cv2.compare(inner, labels, cv2.CMP_NE)
+    cv2.copyTo(cv2.addWeighted(colours, 0.75, colours, 0, 64), border, drawn)
+    return drawn
