@@ -81,7 +81,7 @@ def _check_members(path: Path, size: int) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError):
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
         raise CheckpointError(f"{path}: truncated or damaged archive; fetch or copy it again") from None
     claimed = sum(member.file_size for member in members)
     if claimed > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):

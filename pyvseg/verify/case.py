@@ -47,7 +47,7 @@ def load_case(folder: str | Path) -> Case:
             tensors = Entries(archive)
     except OSError as error:
         raise PyvsegError(f"{folder}: not a case folder ({Path(error.filename or folder).name}: {error.strerror or error})") from None
-    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise PyvsegError(f"{folder}: damaged case ({str(error).splitlines()[0]}); fetch the case folder again") from None
     if not isinstance(manifest, dict):
         raise PyvsegError(f"{folder}: damaged case (manifest.json holds no object); fetch the case folder again")

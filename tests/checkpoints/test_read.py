@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
 import pickle
+import random
 import zipfile
 
 import pytest
@@ -122,6 +123,34 @@ def test_holds_other_things_than_tensors(tmp_path, content):
     path = tmp_path / "w.pth"
     torch.save(content, path)
     one_line_error(path)
+
+
+def spoilt(data, rng):
+    """A few bytes changed, cut out or put in."""
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        at, length = rng.randrange(len(data)), rng.randrange(1, 9)
+        data[at : at + rng.choice([0, 1, length])] = bytes(rng.randrange(256) for _ in range(rng.choice([0, 1, length])))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_damage_anywhere_is_a_checkpoint_error_or_harmless(tmp_path, kind):
+    path, rng = tmp_path / "w.pth", random.Random(0)
+    if kind == "safetensors":
+        safetensors.torch.save_file(STATE, path)
+    else:
+        torch.save(STATE, path, _use_new_zipfile_serialization=kind == "zip")
+    whole, refused = path.read_bytes(), 0
+    for _ in range(300):
+        path.write_bytes(spoilt(bytearray(whole), rng))
+        try:
+            state = checkpoints.read(path)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert all(isinstance(value, torch.Tensor) for value in state.values())
+    assert refused > 100
 
 
 def test_an_archive_that_grows_is_refused(tmp_path):
