@@ -29,7 +29,8 @@ class Run:
     video: tyro.conf.Positional[Path]
     """An MP4/AVI/MKV, a folder of images, or a DAVIS/YouTube-VOS folder (with JPEGImages and Annotations)."""
     mask: tuple[Path, ...] = ()
-    """First frame's mask: a palette PNG (pixel = object id), one binary PNG per object, a folder of PNGs, or a JSON of polygons, boxes or COCO RLE."""
+    """The first frame's mask: a palette PNG (pixel = object id), one binary PNG per object, a folder of either, or a JSON of
+    polygons, boxes or COCO RLE."""
     model: str = "pcvos_tiny"
     """A name of `pyvseg models`."""
     weights: Path | None = None

@@ -55,8 +55,8 @@ class VideoOutput:
             return 0
         changed = [key for key in self.settings if note["settings"].get(key) != self.settings[key]]
         if changed:
-            was, now = note["settings"].get(changed[0]), self.settings[changed[0]]
-            raise OutputError(f"cannot resume {self.targets.work}: {changed[0]} was {was} and is now {now}; use the same settings, or --overwrite to start again")
+            what = f"{changed[0]} was {note['settings'].get(changed[0])} and is now {self.settings[changed[0]]}"
+            raise OutputError(f"cannot resume {self.targets.work}: {what}; use the same settings, or --overwrite to start again")
         return note["next_frame"] if self.state_path(note["next_frame"]).exists() else 0
 
     def state_path(self, next_frame: int) -> Path:
@@ -93,18 +93,20 @@ class VideoOutput:
             raise Interrupted(self.how_to_resume()) from None
         except OutputError as error:
             self.suspend()
-            kept = len(list((self.targets.work / "masks").glob("*.png")))
+            masks = self.targets.work / "masks"
+            kept = len(list(masks.glob("*.png")))
             if not kept:
                 self._clean()
                 raise
-            raise OutputError(f"{error}; {kept} complete masks remain in {self.targets.work / 'masks'}, the same command with --resume goes on") from None
+            raise OutputError(f"{error}; {kept} complete masks remain in {masks}, the same command with --resume goes on") from None
         except BaseException:
             self.suspend()
             self._clean()
             raise
 
     def how_to_resume(self) -> str:
-        return f"stopped after {self.written} frames of {self.name}; their masks are in {self.targets.work / 'masks'}; the same command with --resume goes on"
+        masks = self.targets.work / "masks"
+        return f"stopped after {self.written} frames of {self.name}; their masks are in {masks}; the same command with --resume goes on"
 
     def finished_frames(self, frames: Iterator[Frame], count: int) -> Iterator[FrameResult]:
         """The first `count` frames of a resumed run, with the masks that the suspended run left."""

@@ -121,8 +121,10 @@ def _check_out(out: Path, overwrite: bool, resume: bool) -> None:
         raise OutputError(f"{out} is a file; choose another --out folder")
     if overwrite or resume or not out.exists() or not any(out.iterdir()):
         return
-    advice = "continue it with --resume, or start again with --overwrite" if (out / UNFINISHED).exists() else "choose another --out, or replace them with --overwrite"
-    raise OutputError(f"{out} already holds {'an unfinished run' if (out / UNFINISHED).exists() else 'results or other files'}; {advice}")
+    if (out / UNFINISHED).exists():
+        raise OutputError(f"{out} already holds an unfinished run; continue it with --resume, or start again with --overwrite")
+    raise OutputError(f"{out} already holds results or other files; choose another --out, or replace them with --overwrite")
+
 
 
 def _run_video(
@@ -194,4 +196,4 @@ def _progress_bar(video: Video, done: int, shown: bool) -> tqdm:
 def _check_masks_used(given: dict, frame_count: int, video: Video) -> None:
     late = [index for index in given if index >= frame_count]
     if late:
-        raise VideoError(f"{video.source}: there is a mask for frame {late[0]} but only {frame_count} frames (counted from 0); correct the frame number")
+        raise VideoError(f"{video.source}: there is a mask for frame {late[0]} but only {frame_count} frames (counted from 0)")

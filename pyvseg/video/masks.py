@@ -56,8 +56,9 @@ def frames_with_masks(video: Video, masks: Mapping[int, np.ndarray]) -> Iterator
 def check_mask(labels: np.ndarray, video: Video, index: int, name: str = "") -> np.ndarray:
     """Turns void into "nothing said"; raises VideoError where the mask does not fit the video or holds no object."""
     name = name or f"the mask at frame {index}"
-    if video.frame_count is not None and video.frame_names and index >= video.frame_count or index < 0:
-        raise VideoError(f"{name}: {video.source} has no such frame; frames are 0 to {(video.frame_count or 1) - 1}")
+    count = video.frame_count
+    if index < 0 or (count is not None and index >= count):
+        raise VideoError(f"{name}: {video.source} has no such frame; its frames are 0 to {'?' if count is None else count - 1}")
     if labels.shape != video.size:
         (height, width), (video_height, video_width) = labels.shape, video.size
         raise VideoError(
@@ -118,7 +119,7 @@ def _stack_binary(files: list[Path], video: Video) -> np.ndarray:
     for object_id, path in enumerate(files, 1):
         mask = read_labels(path)
         if len(np.unique(mask)) > 2:
-            raise VideoError(f"mask {path} holds several labels; with one PNG per object each must be binary (or name the files like frames of the video)")
+            raise VideoError(f"mask {path} holds several labels; of one PNG per object each must be binary (or name them like frames of the video)")
         labels[check_mask((mask > 0).astype(np.uint8), video, 0, f"mask {path}") > 0] = object_id
     return labels
 
@@ -168,7 +169,8 @@ def read_json(path: Path, video: Video) -> dict[int, np.ndarray]:
 def _draw_objects(entry: dict, video: Video, name: str) -> np.ndarray:
     height, width = video.size
     if (entry.get("height", height), entry.get("width", width)) != (height, width):
-        raise VideoError(f"{name} was drawn for {entry.get('width')}x{entry.get('height')} but {video.source} is {width}x{height}; masks must have the video's size")
+        drawn = f"{entry.get('width')}x{entry.get('height')}"
+        raise VideoError(f"{name} was drawn for {drawn} but {video.source} is {width}x{height}; masks must have the video's size")
     labels = np.zeros(video.size, np.uint8)
     for position, item in enumerate(entry["objects"], 1):
         object_id = item.get("id", position) if isinstance(item, dict) else None
@@ -200,5 +202,6 @@ def _draw(item: dict, size: tuple[int, int], name: str) -> np.ndarray:
             for outline in points:
                 cv2.fillPoly(mask, [outline], 1)
     except (TypeError, ValueError, KeyError, cv2.error):
-        raise VideoError(f'{name}: expected "polygon": [[x, y], ...] with 3 points or more, "box": [x, y, width, height] or a COCO "segmentation"') from None
+        shapes = '"polygon": [[x, y], ...] with 3 points or more, "box": [x, y, width, height] or a COCO "segmentation"'
+        raise VideoError(f"{name}: expected {shapes}") from None
     return mask > 0

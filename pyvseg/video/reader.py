@@ -84,14 +84,14 @@ def _first(images: Iterator[np.ndarray], source: str) -> np.ndarray:
 
 
 def _open_arrays(arrays: Iterable[np.ndarray]) -> Video:
-    source = "frames"
-    images = (_check_array(array, index) for index, array in enumerate(arrays))
-    first = _first(images, source)
-    count = len(arrays) if hasattr(arrays, "__len__") else None
-    again = lambda: itertools.chain([first], images)  # noqa: E731
-    if count is not None:
-        again = lambda: (_check_array(array, index) for index, array in enumerate(arrays))  # noqa: E731
-    return Video("frames", source, first.shape[:2], None, count, None, again)
+    if hasattr(arrays, "__len__"):  # a sequence can be gone through again
+        count, images = len(arrays), lambda: (_check_array(array, index) for index, array in enumerate(arrays))
+        first = _first(images(), "frames")
+    else:
+        rest = (_check_array(array, index) for index, array in enumerate(arrays))
+        first = _first(rest, "frames")
+        count, images = None, lambda: itertools.chain([first], rest)
+    return Video("frames", "frames", first.shape[:2], None, count, None, images)
 
 
 def _check_array(array: np.ndarray, index: int) -> np.ndarray:
@@ -181,7 +181,8 @@ def _decode(path: Path) -> Iterator[np.ndarray]:
             yield np.ascontiguousarray(np.rot90(image, frame.rotation // 90)) if frame.rotation % 360 else image
         end, fps = _declared_end(container, stream), stream.average_rate
         if frame is not None and frame.time is not None and end and fps and Fraction(frame.time) + Fraction(3, 2) / fps < end:
-            raise VideoError(f"{path}: the file is cut short: frames end at {frame.time + 1 / fps:.2f} s of {float(end):.2f} s; copy or download it again")
+            last = frame.time + 1 / fps
+            raise VideoError(f"{path}: the file is cut short: frames end at {last:.2f} s of {float(end):.2f} s; copy or download it again")
 
 
 def _declared_end(container, stream) -> Fraction | None:

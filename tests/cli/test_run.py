@@ -158,3 +158,17 @@ def test_ctrl_c_and_resume(clip):
     whole, resumed = (sorted((clip / name / "masks").iterdir()) for name in ("whole", "out"))
     assert [a.name for a in whole] == [b.name for b in resumed]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(whole, resumed, strict=True))
+
+
+def test_bundled_model_follows_a_square(tmp_path, monkeypatch):
+    from pyvseg.models import zoo
+
+    if zoo.variant("pcvos_tiny").bundled is None:
+        pytest.skip("the weights of pcvos_tiny are not in this tree")
+    monkeypatch.chdir(tmp_path)
+    frames = images(4, 96, 128)
+    write_video(tmp_path / "clip.mp4", frames)
+    write_labels(tmp_path / "first.png", square(7, 96, 128))
+    assert main(["run", "clip.mp4", "--mask", "first.png", "--clip-length", "3"]) == 0
+    last, expected = read_labels(tmp_path / "output" / "masks" / "00003.png"), np.roll(square(7, 96, 128), 3, 1)
+    assert (np.minimum(last, expected) > 0).sum() / (np.maximum(last, expected) > 0).sum() > 0.7

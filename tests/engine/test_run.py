@@ -141,7 +141,8 @@ def bad_inputs():
     yield "empty mask", lambda p: (images(3), {0: square(0)}), VideoError, "empty"
     yield "too many objects", lambda p: (images(3), np.arange(48 * 64).reshape(48, 64)), VideoError, "at most 254"
     yield "no masks", lambda p: (images(3), {}), VideoError, "no masks given"
-    yield "mask behind the end", lambda p: (write_video(p / "a.mp4", images(3)), {0: square(), 9: square()}), VideoError, "frame 9 but only 3"
+    yield "mask behind the end", lambda p: (write_video(p / "a.mp4", images(3)), {0: square(), 9: square()}), VideoError, "no such frame"
+    yield "mask behind the end, found late", lambda p: (iter(images(3)), {0: square(), 9: square()}), VideoError, "frame 9 but only 3"
 
 
 @pytest.mark.parametrize("make, error, message", [pytest.param(*rest, id=name) for name, *rest in bad_inputs()])
