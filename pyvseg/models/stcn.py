@@ -21,7 +21,7 @@ from pyvseg.models.vos import VOSState
 
 # Within a clip every fifth frame becomes temporary memory for the later ones (progressive matching); fixed in the published model.
 PROGRESSIVE_STEP = 5
-_DECODED_TOGETHER = 5
+_FRAMES_TOGETHER = 5  # frames that pass through the convolutions at once; bounds memory in long clips
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,15 @@ class STCN(nn.Module):
     # The three verbs, and `annotate` before them.
 
     def encode(self, images: Tensor) -> ClipFeatures:
-        """Normalised frames (L, 3, H, W), sides multiples of 16 -> features."""
+        """Normalised frames (L, 3, H, W), sides multiples of 16 -> features; a few frames at a time."""
+        parts = [vars(self.features(some)) for some in images.split(_FRAMES_TOGETHER)]
+        if len(parts) == 1:
+            return ClipFeatures(**parts[0])
+        joined = {name: None if x is None else torch.cat([part[name] for part in parts]) for name, x in parts[0].items()}
+        return ClipFeatures(**joined)
+
+    def features(self, images: Tensor) -> ClipFeatures:
+        """`encode` in one batch, which is what training wants."""
         images = images.to(self.dtype)
         f4, f8, f16 = self.key_encoder(images)
         keys = self.key_proj(f16).flatten(2).transpose(1, 2).contiguous()
@@ -164,14 +172,13 @@ class STCN(nn.Module):
 
     def segment_clip(self, features: ClipFeatures, state: VOSState) -> Tensor:
         """Probabilities (K + 1, L, H, W), float32, background first, then `state.object_ids`."""
-        frame_terms = self.decoder.of_frame(features.thin, features.f8, features.f4)
-        maps = self._attention(features)
-        logits = {}
+        maps = None if features.refine is None else self.icr.attention(features.refine.permute(0, 2, 3, 1)[None])
+        readouts = {}
         for bank in state.banks:
-            readouts = self._read(features, bank)
-            for i, readout in zip(bank.object_ids, readouts.unflatten(2, features.grid)):
-                logits[i] = self._decode(self._refine(readout, maps), frame_terms)
-        return aggregate(torch.stack([logits[i] for i in state.object_ids]).sigmoid_())
+            for i, readout in zip(bank.object_ids, self._read(features, bank)):
+                readouts[i] = readout if maps is None else self.icr(readout[None, None], maps)[0, 0]
+        ordered = [readouts[i].permute(0, 3, 1, 2) for i in state.object_ids]  # channels last in memory
+        return torch.cat([self._decode(features, ordered, t) for t in range(0, len(features.keys), _FRAMES_TOGETHER)], 1)
 
     def link(self, features: ClipFeatures, indices: list[int], probabilities: Tensor, state: VOSState, *, clip_length: int, closed: bool, include_last: bool = False) -> None:
         """Let the segmented clip enter memory, as the schedule of the settings says.
@@ -198,7 +205,7 @@ class STCN(nn.Module):
     # Parts of `segment_clip`.
 
     def _read(self, features: ClipFeatures, bank: MemoryBank) -> Tensor:
-        """Readouts (O, L, h * w, CV) of a clip; progressive matching makes every fifth one memory for those after it."""
+        """Readouts (O, L, h, w, CV) of a clip; progressive matching makes every fifth one memory for those after it."""
         length, cells, _ = features.keys.shape
         step = PROGRESSIVE_STEP if self.settings.progressive else length
         before, readouts = bank.temporary, []
@@ -209,18 +216,10 @@ class STCN(nn.Module):
             if start + step < length:
                 bank.append_temporary(keys[-1], readout[:, -1])
         bank.temporary = before
-        return torch.cat(readouts, 1)
+        return torch.cat(readouts, 1).unflatten(2, features.grid)
 
-    def _attention(self, features: ClipFeatures) -> list[Tensor] | None:
-        if features.refine is None:
-            return None
-        return self.icr.attention(features.refine.permute(0, 2, 3, 1)[None])
-
-    def _refine(self, readout: Tensor, maps: list[Tensor] | None) -> Tensor:
-        """One object's readout (L, h, w, CV) -> the same, refined over the clip."""
-        return readout if maps is None else self.icr(readout[None, None], maps)[0, 0]
-
-    def _decode(self, readout: Tensor, frame_terms: tuple[Tensor, ...]) -> Tensor:
-        """One object's readout (L, h, w, CV) -> logits (L, H, W); a few frames at a time, which bounds memory."""
-        chunks = zip(readout.permute(0, 3, 1, 2).split(_DECODED_TOGETHER), *(t.split(_DECODED_TOGETHER) for t in frame_terms))
-        return torch.cat([self.decoder(x, terms) for x, *terms in chunks])
+    def _decode(self, features: ClipFeatures, readouts: list[Tensor], start: int) -> Tensor:
+        """Readouts (L, CV, h, w), one per object -> probabilities (K + 1, L', H, W) of the frames from `start` on."""
+        frames = slice(start, start + _FRAMES_TOGETHER)
+        terms = self.decoder.of_frame(features.thin[frames], features.f8[frames], features.f4[frames])
+        return aggregate(torch.stack([self.decoder(readout[frames], terms) for readout in readouts]).sigmoid_())

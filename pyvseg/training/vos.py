@@ -39,7 +39,7 @@ class _Features:
 
     def __init__(self, model: STCN, frames: Tensor) -> None:
         b, t = frames.shape[:2]
-        clip = model.encode(frames.flatten(0, 1))
+        clip = model.features(frames.flatten(0, 1))
         self.images, self.grid = frames, clip.grid
         for name in ("keys", "f16", "thin", "f8", "f4", "refine"):
             tensor = getattr(clip, name)
