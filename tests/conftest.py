@@ -5,6 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run: a failure can be repeated, and a busy machine fails nothing.
+settings.register_profile("pyvseg", derandomize=True, deadline=None)
+settings.load_profile("pyvseg")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("PYVSEG_SHARED", ROOT.parent / "shared"))
