@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ class Eval:
     """
 
     results: tyro.conf.Positional[Path]
-    """Folder with one folder of label PNGs per sequence, named like the annotations."""
+    """Folder with one folder of label PNGs per sequence, named like the annotations; or the OUT of `pyvseg run`, which keeps them in Annotations."""
     gt: Path
     """Dataset folder, the one that holds Annotations."""
     sequences: tuple[str, ...] = ()
@@ -46,6 +46,8 @@ def eval(options: Eval) -> None:
     from pyvseg.datasets.davis import Davis
 
     dataset = Davis(options.gt)
+    if (options.results / "Annotations").is_dir():
+        options = replace(options, results=options.results / "Annotations")
     names = list(options.sequences) or _sequences(dataset, options)
     table = tabulate({name: score_sequence(dataset, name, options.results / name) for name in names})
     left_out = sorted(set(dataset.sequences()) - set(names))

@@ -10,6 +10,7 @@ from typing import Literal
 
 import tyro
 
+from pyvseg import __version__
 from pyvseg.errors import PyvsegError
 
 
@@ -120,6 +121,6 @@ def _tracker(options: Run):
 
     settings = {
         "model": options.model, "weights": str(options.weights), "clip_length": options.clip_length,
-        "max_memory_frames": bound, "precision": options.precision, "device": str(model.device),
+        "max_memory_frames": bound, "precision": options.precision, "device": str(model.device), "pyvseg": __version__,
     }  # fmt: skip
     return Tracker(propagation, settings)

@@ -47,11 +47,19 @@ class VideoOutput:
         self.written = 0
         self.writers = []
 
+    def is_finished(self) -> bool:
+        """Whether the results are there, made under equal settings."""
+        return self.targets.masks.is_dir() and _read_json(self._manifest).get(self.name) == self.settings
+
+    @property
+    def _manifest(self) -> Path:
+        """Finished videos of this folder and their settings."""
+        return self.targets.root / "manifest.json"
+
     def resume_at(self) -> int:
         """The frame at which a suspended run goes on; 0 where there is nothing to go on from. Raises OutputError for other settings."""
-        try:
-            note = json.loads((self.targets.work / "run.json").read_text())
-        except (OSError, ValueError):
+        note = _read_json(self.targets.work / "run.json")
+        if not note:
             return 0
         changed = [key for key in self.settings if note["settings"].get(key) != self.settings[key]]
         if changed:
@@ -77,9 +85,7 @@ class VideoOutput:
             self.writers.append(OverlayWriter(work / "overlay.mp4", self.size, self.fps))
 
     def _note(self, next_frame: int) -> None:
-        temporary = self.targets.work / "run.json.part"
-        temporary.write_text(json.dumps({"settings": self.settings, "next_frame": next_frame}))
-        os.replace(temporary, self.targets.work / "run.json")
+        _write_json(self.targets.work / "run.json", {"settings": self.settings, "next_frame": next_frame})
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -139,6 +145,7 @@ class VideoOutput:
                 if target.is_dir():
                     os.replace(target, work / "replaced")
                 os.replace(source, target)
+            _write_json(self._manifest, _read_json(self._manifest) | {self.name: self.settings})
             self._clean()
 
     def suspend(self, state=None, next_frame: int = 0) -> None:
@@ -159,6 +166,21 @@ class VideoOutput:
         with suppress(OSError):
             for folder in (self.targets.work.parent, self.targets.root):
                 folder.rmdir()  # refuses unless it is empty
+
+
+def _read_json(path: Path) -> dict:
+    """The document, or {} where there is none or it is damaged."""
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _write_json(path: Path, document: dict) -> None:
+    temporary = Path(f"{path}.part")
+    temporary.write_text(json.dumps(document, indent=1))
+    os.replace(temporary, path)
 
 
 def _remove(folder: Path) -> None:

@@ -85,8 +85,8 @@ def run(
     if overwrite and resume:
         raise PyvsegError("--overwrite and --resume exclude each other: start again, or go on")
     if is_dataset(video):
-        if masks is not None:
-            raise PyvsegError(f"{video} is a dataset folder with its own Annotations; leave --mask out")
+        if masks is not None or frames is not None:
+            raise PyvsegError(f"{video} is a dataset folder with its own Annotations; leave --mask and --frames out")
         jobs, note = find_jobs(Path(video), annotations, sequences)
         targets = [_dataset_targets(out, job.name, overlay) for job in jobs]
     else:
@@ -99,11 +99,11 @@ def run(
     if note and progress:
         print(note, file=sys.stderr)
     with stop_on_interrupt(_announce_stop) as stop:
+        runner = _Runner(tracker, summary, stop, resume, frames, queue_frames, progress)
         for done, (job, target) in enumerate(zip(jobs, targets, strict=True)):
             if stop.is_set():
                 raise Interrupted(f"stopped after {done} of {len(jobs)} sequences; the same command with --resume goes on")
-            if not (resume and target.masks.is_dir()):
-                _run_video(tracker, job, target, summary, stop, resume, frames, queue_frames, progress)
+            runner.run(job, target, f" ({done + 1}/{len(jobs)})" if len(jobs) > 1 else "")
     return summary
 
 
@@ -126,26 +126,69 @@ def _check_out(out: Path, overwrite: bool, resume: bool) -> None:
     raise OutputError(f"{out} already holds results or other files; choose another --out, or replace them with --overwrite")
 
 
+@dataclass(frozen=True)
+class _Runner:
+    """What all videos of a run have in common."""
 
-def _run_video(
-    tracker: Tracker, job: Job, targets: Targets, summary: Summary, stop: Event, resume: bool, frames, depth: int, progress: bool
-) -> None:  # fmt: skip
-    video, given = _open(job, frames)
-    settings = {"video": video.source, "frames": list(frames or ()), "masks": fingerprint(given), **tracker.settings}
-    output = VideoOutput(targets, video.name, video.size, video.fps, settings)
-    first = output.resume_at() if resume else 0
-    started = time.perf_counter()
-    with output.guard(), _progress_bar(video, first, progress) as bar:
-        output.open(first)
-        propagation = tracker.propagation(output.state_path(first) if first else None)
-        reached = _stream(frames_with_masks(video, given), propagation, output, first, stop, depth, bar)
-        summary.frames += output.written - first
-        summary.seconds += time.perf_counter() - started
-        if reached is not None:
-            output.suspend(*(propagation.state, reached) if reached > first else ())
-            raise Interrupted(output.how_to_resume())
-        _check_masks_used(given, output.written, video)
-        output.finish(job.keep)
+    tracker: Tracker
+    summary: Summary
+    stop: Event
+    resume: bool
+    frames: tuple[int, int | None] | None
+    queue_frames: int
+    progress: bool
+
+    def run(self, job: Job, targets: Targets, position: str) -> None:
+        video, given = _open(job, self.frames)
+        settings = {"video": video.source, "frames": list(self.frames or ()), "masks": fingerprint(given), **self.tracker.settings}
+        output = VideoOutput(targets, video.name, video.size, video.fps, settings)
+        if self.resume and output.is_finished():
+            return
+        first = output.resume_at() if self.resume else 0
+        started = time.perf_counter()
+        with output.guard(), self._bar(video, first, position) as bar:
+            output.open(first)
+            propagation = self.tracker.propagation(output.state_path(first) if first else None)
+            reached = self._stream(frames_with_masks(video, given), propagation, output, first, bar)
+            self.summary.frames += output.written - first
+            self.summary.seconds += time.perf_counter() - started
+            if reached is not None:
+                output.suspend(*(propagation.state, reached) if reached > first else ())
+                raise Interrupted(output.how_to_resume())
+            _check_masks_used(given, output.written, video)
+            output.finish(job.keep)
+
+    def _stream(self, frames: Iterable[Frame], propagation: Propagation, output: VideoOutput, first: int, bar: tqdm) -> int | None:
+        """Decode, model and write at the same time, from frame `first`, whose predecessors are there already.
+
+        Returns None at the end of the video; after Ctrl-C the number of frames that the state covers.
+        """
+
+        def write(result: FrameResult) -> None:
+            output.write(result)
+            if result.index >= first:
+                bar.update()
+
+        with Prefetch(frames, self.queue_frames) as source, Background(write, self.queue_frames) as sink:
+            source = iter(source)
+            for result in output.finished_frames(source, first):
+                sink.put(result)
+                if self.stop.is_set():
+                    return first
+            for frame in source:
+                results = propagation.step(frame)
+                for result in results:
+                    sink.put(result)
+                if results and self.stop.is_set():
+                    return results[-1].index + 1
+            for result in propagation.finish():
+                sink.put(result)
+        return None
+
+    def _bar(self, video: Video, done: int, position: str) -> tqdm:
+        form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} frames, {rate_noinv_fmt}, {remaining} left"
+        disable = None if self.progress else True  # None: shown on terminals only
+        return tqdm(total=video.frame_count, initial=done, desc=video.name + position, unit=" frames", bar_format=form, leave=False, disable=disable)
 
 
 def _open(job: Job, frames: tuple[int, int | None] | None) -> tuple[Video, dict[int, np.ndarray]]:
@@ -153,44 +196,12 @@ def _open(job: Job, frames: tuple[int, int | None] | None) -> tuple[Video, dict[
     video = open_video(job.video)
     given = read_masks(job.masks, video)
     if frames:
-        video = video.part(*frames)
-        given = {index - frames[0]: mask for index, mask in given.items() if index >= frames[0] and (frames[1] is None or index < frames[1])}
+        start, stop = frames
+        video = video.part(start, stop)
+        given = {index - start: mask for index, mask in given.items() if index >= start and (stop is None or index < stop)}
     if not given:
         raise VideoError(f"{video.source}: no mask inside frames {frames[0]}:{frames[1] or ''}; give one there")
     return video, given
-
-
-def _stream(frames: Iterable[Frame], propagation: Propagation, output: VideoOutput, first: int, stop: Event, depth: int, bar: tqdm) -> int | None:
-    """Decode, model and write at the same time, from frame `first`, whose predecessors are there already.
-
-    Returns None at the end of the video; after Ctrl-C the number of frames that the state covers.
-    """
-
-    def write(result: FrameResult) -> None:
-        output.write(result)
-        if result.index >= first:
-            bar.update()
-
-    with Prefetch(frames, depth) as source, Background(write, depth) as sink:
-        source = iter(source)
-        for result in output.finished_frames(source, first):
-            sink.put(result)
-            if stop.is_set():
-                return first
-        for frame in source:
-            results = propagation.step(frame)
-            for result in results:
-                sink.put(result)
-            if results and stop.is_set():
-                return results[-1].index + 1
-        for result in propagation.finish():
-            sink.put(result)
-    return None
-
-
-def _progress_bar(video: Video, done: int, shown: bool) -> tqdm:
-    form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} frames, {rate_noinv_fmt}, {remaining} left"
-    return tqdm(total=video.frame_count, initial=done, desc=video.name, unit=" frames", bar_format=form, leave=False, disable=None if shown else True)
 
 
 def _check_masks_used(given: dict, frame_count: int, video: Video) -> None:

@@ -48,7 +48,7 @@ def test_one_video(tmp_path, video):
     assert entry["video_id"] == "clip" and len(entry["segmentations"]) == 23
     with av.open(str(tmp_path / "out" / "overlay.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == 23
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["masks", "masks.json", "overlay.mp4"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["manifest.json", "masks", "masks.json", "overlay.mp4"]
 
 
 def test_folder_and_arrays_give_the_same_masks(tmp_path):
@@ -121,7 +121,7 @@ def test_dataset_without_masks(tmp_path):
     root = dataset(tmp_path / "data", {"a": [0], "b": []}, frames=2)
     with pytest.raises(PyvsegError, match="'b'"):
         run(standin(), root, out=tmp_path / "out", progress=False)
-    with pytest.raises(PyvsegError, match="leave --mask out"):
+    with pytest.raises(PyvsegError, match="leave --mask and --frames out"):
         run(standin(), root, {0: square()}, out=tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
@@ -325,6 +325,20 @@ def test_resume_of_a_dataset_skips_what_is_finished(tmp_path):
     summary = run(standin(), root, out=tmp_path / "out", resume=True, progress=False)
     assert summary.frames < 12 and len(labels(tmp_path / "out" / "Annotations" / "b")) == 12
     assert not (tmp_path / "out" / "unfinished").exists()
+
+
+def test_resume_after_an_interrupted_overwrite_mixes_nothing(tmp_path):
+    """Results that older settings left are not taken for finished ones."""
+    root = dataset(tmp_path / "data", {"a": [0], "b": [0]}, frames=12)
+    run(standin(5), root, out=tmp_path / "out", progress=False)
+    with pytest.raises(Interrupted):
+        run(interrupt_at(6, standin(2)), root, out=tmp_path / "out", overwrite=True, progress=False)
+    run(standin(2), root, out=tmp_path / "out", resume=True, progress=False)
+    run(standin(2), root, out=tmp_path / "new", progress=False)
+    for name in ("a", "b"):
+        mixed, new = (labels(tmp_path / out / "Annotations" / name) for out in ("out", "new"))
+        assert all(np.array_equal(mixed[k], new[k]) for k in new)
+    assert run(standin(2), root, out=tmp_path / "out", resume=True, progress=False).frames == 0
 
 
 def test_overwrite_and_resume_exclude_each_other(tmp_path, video):
