@@ -1,30 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Space-time memory read: exact top-k by L2 similarity, softmax, weighted sum of values (see pyvseg/ops/memory_read.py).
-//
-// Search: a block of 64 queries stays in L1 with vector lanes = queries, the memory streams past it, six rows at a time.
-// A score enters a query's candidate buffer only if it beats that query's running threshold, so the N x M affinity never
-// exists. Readout: rows of values are gathered, channels in chunks that keep the touched memory in the last-level cache.
+// The search stands in memory_search.h. The readout gathers rows of values, channels in chunks that keep the touched
+// memory in the last-level cache.
 #include <cstdint>
 
 #include "../isa.h"
-#include "vec.h"
+#include "memory_search.h"
 
 namespace pyvseg::memory_read {
-
-constexpr int kQueries = 64;  // per block
-
-struct Search {
-  const void* memory;        // N rows of CK keys
-  const void* query;         // M rows of CK keys
-  int64_t memory_stride, query_stride, N, M;
-  int64_t CK, top_k;
-  bool bf16;                 // dtype of both keys
-  float* half_norm;          // (N) |memory|^2 / 2
-  uint32_t* prepared;        // (N, prepared_words) keys in the form that the block wants them, when prepared_words > 0
-  int64_t prepared_words;
-  int32_t* index;            // (M, top_k) out, ascending
-  float* weight;             // (M, top_k) out
-};
 
 struct Readout {
   const void* value;         // of one object: N rows of CV
@@ -36,7 +19,7 @@ struct Readout {
 };
 
 struct Kernels {
-  int64_t (*prepared_words)(int64_t CK, bool bf16);
+  int64_t (*steps)(int64_t CK, bool bf16);
   void (*prepare)(const Search&, int64_t begin, int64_t end);
   int64_t (*scratch_bytes)(const Search&);
   void (*search)(const Search&, int64_t block, void* scratch);
@@ -46,316 +29,119 @@ struct Kernels {
 #ifdef PYVSEG_ISA
 namespace {
 
-constexpr int kRows = 6;                              // memory rows at a time
-constexpr int kColumns = kLanes == 16 ? 4 : 2;        // vectors of queries at a time: 6 x 4 (6 x 2) accumulators fit
-constexpr int kGroup = kColumns * kLanes;
+// Longer keys than this are treated as not finite: their rows are scored in any case, the sweep sees zeros.
+constexpr float kLongest = 1e18f;
 
-// float with its order as an integer: any NaN highest, -0 equal to 0.
-PYVSEG_INLINE int32_t ordered(float x) {
-  if (x != x) return INT32_MAX;
-  x += 0.0f;
-  int32_t i;
-  __builtin_memcpy(&i, &x, 4);
-  return i < 0 ? i ^ 0x7fffffff : i;
-}
-PYVSEG_INLINE float unordered(int32_t i) {
-  if (i < 0) i ^= 0x7fffffff;
-  float x;
-  __builtin_memcpy(&x, &i, 4);
-  return x;
-}
-
-struct Block {
-  float threshold[kQueries];     // a score must be greater (or the threshold NaN) to be looked at
-  int32_t bound[kQueries];       // the same as an ordered integer, and decisive
-  int32_t count[kQueries];
-  float scores[kRows][kQueries];
-  const char* rows[kRows];
-};
-
-struct Candidates {
-  int32_t* scores;       // (64, capacity), ordered integers
-  int32_t* positions;    // (64, capacity), ascending
-  int64_t capacity;      // multiple of 16
-};
-
-PYVSEG_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-PYVSEG_INLINE int64_t capacity(int64_t N, int64_t k) {
-  const int64_t roomy = 2 * k + 32;
-  return round_up(roomy < N ? roomy : N, 16) + 16;
-}
-
-PYVSEG_INLINE int64_t count_greater(const int32_t* scores, int64_t n, int32_t than) {
-  vint total{};
-  for (int64_t i = 0; i < n; i += kLanes) total -= load(scores + i) > than;
-  return sum(total);
-}
-
-// Keeps the k best of a query's n candidates in order of position; among equals the earlier ones.
-void prune(Block& block, const Candidates& candidates, int64_t q, int64_t n, int64_t k) {
-  int32_t* scores = candidates.scores + q * candidates.capacity;
-  int32_t* positions = candidates.positions + q * candidates.capacity;
-  // The bound itself may be among the kept. count(> low) > k >= count(> high) = above
-  int64_t low = int64_t(block.bound[q]) - 1, high = INT32_MIN, above = 0;
-  for (int64_t i = 0; i < n; ++i) high = scores[i] > high ? scores[i] : high;
-  const int64_t padded = round_up(n, kLanes);
-  for (int64_t i = n; i < padded; ++i) scores[i] = INT32_MIN;
-  while (high - low > 1 && above != k) {
-    const int64_t middle = (low + high) >> 1;
-    const int64_t greater = count_greater(scores, padded, int32_t(middle));
-    if (greater > k) {
-      low = middle;
-    } else {
-      high = middle;
-      above = greater;
-    }
-  }
-  int64_t equals = k - above, kept = 0;
-  int32_t least = INT32_MAX;
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t score = scores[i], position = positions[i];
-    const bool equal = score == high && equals > 0;
-    const bool keep = score > high || equal;
-    equals -= equal;
-    scores[kept] = score;
-    positions[kept] = position;
-    kept += keep;
-    least = keep && score < least ? score : least;
-  }
-  block.count[q] = int32_t(kept);
-  block.bound[q] = least;
-  block.threshold[q] = unordered(least);
-}
-
-PYVSEG_INLINE void consider(Block& block, const Candidates& candidates, int64_t q, int64_t n, float score, int64_t k) {
-  const int32_t value = ordered(score);
-  if (value <= block.bound[q]) return;
-  const int64_t at = q * candidates.capacity + block.count[q];
-  candidates.scores[at] = value;
-  candidates.positions[at] = int32_t(n);
-  if (++block.count[q] == candidates.capacity) prune(block, candidates, q, candidates.capacity, k);
-}
-
-// How a block sees keys: one float per step, or (AVX-512 BF16) two bfloat16 per step.
-struct Floats {
-  static constexpr int kKeys = 1;
-  PYVSEG_INLINE vfloat step(vfloat acc, const char* query, const char* row) {
-    float key;
-    __builtin_memcpy(&key, row, 4);
-    return acc + load((const float*)query) * key;
-  }
-};
+// A key as the sweep wants it, and what the sweep cannot see of it. Where pairs of bfloat16 stand in for floats, one more
+// pair carries what rounding hides: |mk.qk - bf(mk).bf(qk)| <= |mk - bf(mk)| |qk| + |bf(mk)| |qk - bf(qk)|, so that the
+// sum is an upper bound of the product. Returns the key's length, rounded up.
 #if defined(__AVX512BF16__)
-struct Pairs {
-  static constexpr int kKeys = 2;
-  PYVSEG_INLINE vfloat step(vfloat acc, const char* query, const char* row) {
-    int32_t keys;
-    __builtin_memcpy(&keys, row, 4);
-    return (vfloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(query), (__m512bh)_mm512_set1_epi32(keys));
-  }
-};
-#endif
-
-// Scores of six rows against one group of queries, into block.scores; returns whether any beats its threshold.
-template <typename Step>
-PYVSEG_INLINE bool score_group(Block& block, const char* queries, const float* half_norm, int64_t steps, int64_t group) {
-  vfloat acc[kRows][kColumns] = {};
-  for (int64_t s = 0; s < steps; ++s) {
-    const char* query = queries + s * kGroup * 4;
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-      for (int c = 0; c < kColumns; ++c)
-        acc[r][c] = Step::step(acc[r][c], query + c * kLanes * 4, block.rows[r] + s * 4);
-  }
-  uint32_t any = 0;
-#pragma GCC unroll 8
-  for (int c = 0; c < kColumns; ++c) {
-    const vfloat threshold = load(block.threshold + group * kGroup + c * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      acc[r][c] -= half_norm[r];
-      any |= not_le_mask(acc[r][c], threshold);
-    }
-  }
-  if (any == 0) return false;
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < kColumns; ++c) store(block.scores[r] + group * kGroup + c * kLanes, acc[r][c]);
-  return true;
-}
-
-// Walks the memory past the block. Exact: scores are the similarities; otherwise upper bounds that `consider` replaces.
-template <typename Step, typename Rescore>
-void stream(const Search& s, Block& block, const Candidates& candidates, const char* queries, int64_t live,
-            const char* keys, int64_t key_bytes, int64_t steps, Rescore rescore) {
-  for (int64_t n = 0; n < s.N; n += kRows) {
-    const int64_t rows = s.N - n < kRows ? s.N - n : kRows;
-    float half_norm[kRows];
-    for (int64_t r = 0; r < kRows; ++r) {
-      const int64_t row = n + (r < rows ? r : rows - 1);
-      block.rows[r] = keys + row * key_bytes;
-      half_norm[r] = s.half_norm[row];
-    }
-    for (int64_t group = 0; group * kGroup < live; ++group) {
-      if (!score_group<Step>(block, queries + group * steps * kGroup * 4, half_norm, steps, group)) continue;
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t q = group * kGroup; q < (group + 1) * kGroup; q += kLanes) {
-          uint32_t passing = not_le_mask(load(block.scores[r] + q), load(block.threshold + q));
-          if (q + kLanes > live) passing &= q < live ? (1u << (live - q)) - 1 : 0;
-          for (; passing; passing &= passing - 1) {
-            const int64_t lane = q + __builtin_ctz(passing);
-            consider(block, candidates, lane, n + r, rescore(lane, n + r, block.scores[r][lane]), s.top_k);
-          }
-        }
-    }
-  }
-}
-
-// Weights of the k candidates that are left, and their positions.
-void softmax(const Search& s, const Candidates& candidates, int64_t q, int64_t m) {
-  const int64_t k = s.top_k, padded = round_up(k, kLanes);
-  int32_t* scores = candidates.scores + q * candidates.capacity;
-  const int32_t* positions = candidates.positions + q * candidates.capacity;
-  int32_t best = INT32_MIN;
-  for (int64_t i = 0; i < k; ++i) best = scores[i] > best ? scores[i] : best;
-  const float largest = unordered(best), scale = 2.0f / __builtin_sqrtf(float(s.CK));
-  float* weights = (float*)scores;
-  for (int64_t i = 0; i < k; ++i) {
-    const float difference = (unordered(scores[i]) - largest) * scale;
-    __builtin_memcpy(weights + i, &difference, 4);
-  }
-  for (int64_t i = k; i < padded; ++i) weights[i] = -1e30f;
-  vfloat total{};
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    const vfloat e = exp_nonpositive(load(weights + i));
-    store(weights + i, e);
-    total += e;
-  }
-  const float inverse = 1.0f / sum(total);
-  for (int64_t i = 0; i < k; ++i) {
-    s.weight[m * k + i] = weights[i] * inverse;
-    s.index[m * k + i] = positions[i];
-  }
-}
-
-// A key row as the block's steps want it. Where bfloat16 pairs stand in for floats, one more pair carries what rounding
-// may have hidden: |mk.qk - bf(mk).bf(qk)| <= |mk - bf(mk)| |qk| + |bf(mk)| |qk - bf(qk)|, so the accumulated sum is an
-// upper bound of the product, and only scores whose bound passes the threshold are computed in float32.
-#if defined(__AVX512BF16__)
-PYVSEG_INLINE int64_t words(int64_t CK, bool bf16) { return (CK + 1) / 2 + (bf16 ? 0 : 1); }
+int64_t steps(int64_t CK, bool bf16) { return (CK + 1) / 2 + (bf16 ? 0 : 1); }
 
 PYVSEG_INLINE uint32_t rounded_up(float x) {
   uint32_t u;
   __builtin_memcpy(&u, &x, 4);
-  return x == x ? (u + 0xffff) >> 16 : 0x7fc0;
+  return (u + 0xffff) >> 16;
 }
 
-void encode(const bfloat16* key, int64_t CK, uint32_t* out, bool) {
-  if (CK % 2) out[CK / 2] = 0;
+PYVSEG_INLINE void encode_row(const bfloat16* key, int64_t CK, uint32_t* out, float, bool) {
+  out[(CK - 1) / 2] = 0;
   __builtin_memcpy(out, key, size_t(CK) * 2);
 }
-void encode(const float* key, int64_t CK, uint32_t* out, bool is_query) {
-  if (CK % 2) out[CK / 2] = 0;
+PYVSEG_INLINE void encode_row(const float* key, int64_t CK, uint32_t* out, float length, bool is_query) {
+  out[(CK - 1) / 2] = 0;
   bfloat16* halves = (bfloat16*)out;
-  vfloat error{}, norm{};
+  vfloat lost2{};
   int64_t i = 0;
   for (; i + kLanes <= CK; i += kLanes) {
     const vfloat x = load(key + i);
     store(halves + i, x);
     const vfloat lost = x - load(halves + i);
-    error += lost * lost;
-    norm += x * x;
+    lost2 += lost * lost;
   }
-  float error2 = sum(error), norm2 = sum(norm);
+  float total = sum(lost2);
   for (; i < CK; ++i) {
     store1(halves + i, key[i]);
     const float lost = key[i] - load1(halves + i);
-    error2 += lost * lost;
-    norm2 += key[i] * key[i];
+    total += lost * lost;
   }
-  // 2^-22 per term covers the rounding of both sums; the small constant what the pair product flushes to zero.
-  const float length = __builtin_sqrtf(norm2) * 1.0001f;
-  const float slack = __builtin_sqrtf(error2) * 1.0001f + length * float(CK + 8) * 0x1p-22f + 1e-18f;
-  const uint32_t first = rounded_up(is_query ? length + slack : slack), second = rounded_up(is_query ? slack : length + slack);
-  out[(CK + 1) / 2] = first | second << 16;
+  const uint32_t lost = rounded_up(__builtin_sqrtf(total) * 1.0001f), all = rounded_up(length * 1.01f);
+  out[(CK + 1) / 2] = is_query ? all | lost << 16 : lost | all << 16;
 }
-using BfloatStep = Pairs;
 #else
-PYVSEG_INLINE int64_t words(int64_t CK, bool bf16) { return bf16 ? CK : 0; }
+int64_t steps(int64_t CK, bool) { return CK; }
 
-void encode(const bfloat16* key, int64_t CK, uint32_t* out, bool) {
+PYVSEG_INLINE void encode_row(const bfloat16* key, int64_t CK, uint32_t* out, float, bool) {
   for (int64_t i = 0; i < CK; ++i) out[i] = uint32_t(key[i].bits) << 16;
 }
-void encode(const float* key, int64_t CK, uint32_t* out, bool) { __builtin_memcpy(out, key, size_t(CK) * 4); }
-using BfloatStep = Floats;
+PYVSEG_INLINE void encode_row(const float* key, int64_t CK, uint32_t* out, float, bool) {
+  __builtin_memcpy(out, key, size_t(CK) * 4);
+}
 #endif
 
-int64_t prepared_words(int64_t CK, bool bf16) { return words(CK, bf16); }
+template <typename Key>
+float encode(const Key* key, int64_t CK, uint32_t* out, float norm2, bool is_query) {
+  const float length = __builtin_sqrtf(norm2) * 1.0001f + 1e-18f;  // the constant covers what underflows
+  if (length < kLongest)
+    encode_row(key, CK, out, length, is_query);
+  else
+    __builtin_memset(out, 0, size_t(steps(CK, sizeof(Key) == 2)) * 4);
+  return length;
+}
 
 template <typename Key>
 void prepare_keys(const Search& s, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     const Key* key = (const Key*)s.memory + n * s.memory_stride;
-    s.half_norm[n] = 0.5f * dot(key, key, s.CK);
-    if (s.prepared_words > 0) encode(key, s.CK, s.prepared + n * s.prepared_words, false);
+    const float norm2 = dot(key, key, s.CK), length = encode(key, s.CK, s.prepared + n * s.steps, norm2, false);
+    s.half_norm[n] = 0.5f * norm2;
+    // 2^-22 per term covers the rounding of the sweep's sum and of the score's.
+    s.slack[n] = length < kLongest ? length * float(s.CK + 8) * 0x1p-22f : kInfinity;
   }
 }
 void prepare(const Search& s, int64_t begin, int64_t end) {
   s.bf16 ? prepare_keys<bfloat16>(s, begin, end) : prepare_keys<float>(s, begin, end);
 }
 
-PYVSEG_INLINE int64_t steps_of(const Search& s) { return s.prepared_words > 0 ? s.prepared_words : s.CK; }
+PYVSEG_INLINE int64_t triples(const Search& s) { return round_up(s.N < kSegment ? s.N : kSegment, kRows) / kTriple; }
 
 int64_t scratch_bytes(const Search& s) {
-  return round_up(sizeof(Block), 64) + kQueries * capacity(s.N, s.top_k) * 8 + (kQueries + 1) * steps_of(s) * 4 + 256;
+  return kQueries * (capacity(s.N, s.top_k) * 8 + s.steps * 4 + 2 * triples(s) * 4) + s.steps * 4 +
+         round_up(sizeof(Block), 64) + 256;
 }
 
-template <typename Key, typename Step>
+template <typename Key>
 void search_block(const Search& s, int64_t first, void* scratch) {
-  const int64_t steps = steps_of(s), live = s.M - first < kQueries ? s.M - first : kQueries;
+  const int64_t live = s.M - first < kQueries ? s.M - first : kQueries;
   char* at = (char*)round_up((int64_t)scratch, 64);
   Block& block = *(Block*)at;
-  at += round_up(sizeof(Block), 64);
-  uint32_t* queries = (uint32_t*)at;
-  uint32_t* row = queries + kQueries * steps;
-  Candidates candidates;
-  candidates.capacity = capacity(s.N, s.top_k);
-  candidates.scores = (int32_t*)round_up((int64_t)(row + steps), 64);
-  candidates.positions = candidates.scores + kQueries * candidates.capacity;
+  block.bounds = (float*)(at + round_up(sizeof(Block), 64));
+  block.peaks = block.bounds + kQueries * triples(s);
+  block.capacity = capacity(s.N, s.top_k);
+  block.scores = (int32_t*)(block.peaks + kQueries * triples(s));
+  block.positions = block.scores + kQueries * block.capacity;
+  block.queries = (uint32_t*)(block.positions + kQueries * block.capacity);
+  uint32_t* row = block.queries + kQueries * s.steps;
 
-  __builtin_memset(queries, 0, size_t(kQueries * steps) * 4);
+  __builtin_memset(block.queries, 0, size_t(kQueries * s.steps) * 4);
+  block.longest = 0;
   for (int64_t q = 0; q < kQueries; ++q) {
-    block.threshold[q] = unordered(INT32_MAX);  // NaN: everything passes
-    block.bound[q] = INT32_MIN;
+    block.least[q] = INT32_MIN;
     block.count[q] = 0;
+    block.wild[q] = false;
     if (q >= live) continue;
-    encode((const Key*)s.query + (first + q) * s.query_stride, s.CK, row, true);
-    uint32_t* lane = queries + q / kGroup * steps * kGroup + q % kGroup;
-    for (int64_t i = 0; i < steps; ++i) lane[i * kGroup] = row[i];
+    const Key* query = (const Key*)s.query + (first + q) * s.query_stride;
+    const float length = encode(query, s.CK, row, dot(query, query, s.CK), true);
+    block.wild[q] = !(length < kLongest);
+    if (!block.wild[q] && length > block.longest) block.longest = length;
+    uint32_t* lane = block.queries + q / kGroup * s.steps * kGroup + q % kGroup;
+    for (int64_t i = 0; i < s.steps; ++i) lane[i * kGroup] = row[i];
   }
-  const char* keys = s.prepared_words > 0 ? (const char*)s.prepared : (const char*)s.memory;
-  const int64_t key_bytes = s.prepared_words > 0 ? s.prepared_words * 4 : s.memory_stride * 4;
-  if (Step::kKeys == 2 && !s.bf16) {
-    stream<Step>(s, block, candidates, (const char*)queries, live, keys, key_bytes, steps,
-                 [&](int64_t q, int64_t n, float) __attribute__((always_inline)) {
-                   const Key* memory = (const Key*)s.memory + n * s.memory_stride;
-                   return dot(memory, (const Key*)s.query + (first + q) * s.query_stride, s.CK) - s.half_norm[n];
-                 });
-  } else {
-    stream<Step>(s, block, candidates, (const char*)queries, live, keys, key_bytes, steps,
-                 [](int64_t, int64_t, float score) __attribute__((always_inline)) { return score; });
-  }
-  for (int64_t q = 0; q < live; ++q) {
-    if (block.count[q] > s.top_k) prune(block, candidates, q, block.count[q], s.top_k);
-    softmax(s, candidates, q, first + q);
-  }
+  find<Key>(s, block, first, live);
+  for (int64_t q = 0; q < live; ++q) softmax(s, block, q, first + q);
 }
 void search(const Search& s, int64_t block, void* scratch) {
-  s.bf16 ? search_block<bfloat16, BfloatStep>(s, block * kQueries, scratch)
-         : search_block<float, BfloatStep>(s, block * kQueries, scratch);
+  s.bf16 ? search_block<bfloat16>(s, block * kQueries, scratch) : search_block<float>(s, block * kQueries, scratch);
 }
 
 // out[m, channel...] = sum over rank of weight * value[index]: T vectors of channels at a time, later rows prefetched.
@@ -402,7 +188,7 @@ void readout(const Readout& r, int64_t channel, int64_t channels, int64_t begin,
 
 }  // namespace
 
-PYVSEG_KERNELS = {prepared_words, prepare, scratch_bytes, search, readout};
+PYVSEG_KERNELS = {steps, prepare, scratch_bytes, search, readout};
 #else
 }  // namespace pyvseg::memory_read
 
@@ -439,13 +225,13 @@ std::tuple<Tensor, Tensor, Tensor> memory_read(const Tensor& key, const Tensor& 
   Tensor weight = torch::stable::new_empty(value, {B, M, top_k}, ScalarType::Float);
   const Kernels& kernel = kernels();
 
-  const int64_t words = kernel.prepared_words(CK, key_bf16);
-  std::vector<float> half_norms(B * N);
-  std::unique_ptr<uint32_t[]> prepared(new uint32_t[B * N * words]);
+  const int64_t steps = kernel.steps(CK, key_bf16);
+  std::vector<float> half_norms(B * N), slacks(B * N);
+  const std::unique_ptr<uint32_t[]> prepared(new uint32_t[B * N * steps]);
   std::vector<Search> searches;
   for (int64_t b = 0; b < B; ++b)
     searches.push_back({at(keys, key_bf16, b), at(queries, key_bf16, b), keys.stride(1), queries.stride(1), N, M, CK, top_k,
-                        key_bf16, half_norms.data() + b * N, prepared.get() + b * N * words, words,
+                        key_bf16, half_norms.data() + b * N, slacks.data() + b * N, prepared.get() + b * N * steps, steps,
                         index.mutable_data_ptr<int32_t>() + b * M * top_k, weight.mutable_data_ptr<float>() + b * M * top_k});
   for (const Search& search : searches)
     parallel_for(0, N, 512, [&](int64_t begin, int64_t end) { kernel.prepare(search, begin, end); });

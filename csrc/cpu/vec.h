@@ -75,32 +75,21 @@ PYVSEG_INLINE void store1(bfloat16* p, float x) {
 }
 
 PYVSEG_INLINE float sum(vfloat v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+#if defined(__AVX512F__)
+  const __m256 eight = _mm512_castps512_ps256((__m512)v) + _mm512_extractf32x8_ps((__m512)v, 1);
+  const __m128 x = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+#elif defined(__AVX2__)
+  const __m128 x = _mm256_castps256_ps128((__m256)v) + _mm256_extractf128_ps((__m256)v, 1);
+#else
+  const vfloat x = v;
+#endif
+  return (x[0] + x[2]) + (x[1] + x[3]);
 }
 PYVSEG_INLINE int32_t sum(vint v) {
   int32_t lanes[kLanes], total = 0;
   store(lanes, v);
   for (int i = 0; i < kLanes; ++i) total += lanes[i];
   return total;
-}
-
-// One bit per lane where not (a <= b): greater, or unordered because of a NaN.
-PYVSEG_INLINE uint32_t not_le_mask(vfloat a, vfloat b) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ);
-#elif defined(__AVX2__)
-  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ)));
-#elif defined(__SSE2__)
-  return uint32_t(_mm_movemask_ps(_mm_cmpnle_ps((__m128)a, (__m128)b)));
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(!(a[i] <= b[i])) << i;
-  return bits;
-#endif
 }
 
 // One bit per lane where a > b.
