@@ -71,6 +71,19 @@ def test_run_with_binary_masks_and_a_range(clip, capsys):
     assert not (clip / "output" / "overlay.mp4").exists()
 
 
+def test_dataset_from_run_to_eval(clip, capsys):
+    from tests.engine.test_run import dataset
+
+    dataset(clip / "data", {"a": [0], "b": [0]}, frames=5)
+    for name in ("a", "b"):
+        for t in range(1, 5):
+            write_labels(clip / "data" / "Annotations" / "480p" / name / f"{t:05d}.png", square())
+    assert main(["run", "data", "--clip-length", "9"]) == 0
+    assert "2 sequences" in capsys.readouterr().out
+    assert main(["eval", "output", "--gt", "data"]) == 0
+    assert "a" in capsys.readouterr().out
+
+
 def test_bad_input_is_one_line(clip, capsys):
     (clip / "broken.mp4").write_bytes((clip / "clip.mp4").read_bytes()[:1500])
     write_labels(clip / "empty.png", square(0))
