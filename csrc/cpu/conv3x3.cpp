@@ -221,6 +221,7 @@ PYVSEG_KERNELS = {kGroup, transform_inputs, multiply_panel};
 #include <atomic>
 #include <cstdlib>
 #include <optional>
+#include <thread>
 
 #include "launch.h"
 
@@ -263,45 +264,74 @@ struct Scratch {
   }
 };
 
-// Tasks differ in length and cores in what else they do, so threads take one after the other.
-template <typename F>
-void parallel_tasks(int64_t tasks, int64_t threads, const F& task) {
-  std::atomic<int64_t> next{0};
-  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread)
-      for (int64_t i; (i = next++) < tasks;) task(i, thread);
-  });
+// One step of the work, which all threads do together. Whoever is free takes the next task, since tasks differ in length
+// and cores in what else they do; nobody goes on before all are finished. Threads wait only for tasks that a running
+// thread has taken, so any number of them, one after the other too, gets everything done.
+struct Step {
+  std::atomic<int64_t> taken{0}, finished{0};
+
+  template <typename F>
+  void share(int64_t tasks, const F& task) {
+    for (int64_t i; (i = taken++) < tasks; ++finished) task(i);
+    while (finished < tasks) std::this_thread::yield();
+  }
+};
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rounds of `at_once` blocks of `size` tiles.
+struct Plan {
+  int64_t threads, panels, tiles, size, at_once, rounds;
+  int64_t v_stride, v_floats, m_floats;  // of a frequency, a block, a thread
+};
+
+Plan make_plan(const Problem& p, int64_t batch, int64_t group) {
+  const int64_t inputs = divide_up(p.inputs, kChunk) * kChunk;
+  Plan plan{};
+  plan.threads = torch::stable::get_num_threads();
+  plan.panels = divide_up(p.outputs, kPanel);
+  plan.tiles = batch * p.tile_rows * p.tile_columns;
+  const int64_t blocks = divide_up(plan.tiles, std::clamp(kBlockFloats / (kFrequencies * inputs), group, kBlockTiles));
+  plan.size = divide_up(divide_up(plan.tiles, blocks), group) * group;
+  plan.at_once = std::min({divide_up(2 * plan.threads, plan.panels), blocks, kBlocksAtOnce});
+  plan.rounds = divide_up(plan.tiles, plan.at_once * plan.size);
+  // A few lines more than needed, so that equal places of V's frequencies do not fall into one set of the caches.
+  plan.v_stride = plan.size * inputs + 5 * 16;
+  plan.v_floats = kFrequencies * plan.v_stride;
+  plan.m_floats = plan.size * kFrequencies * kPanel + 5 * 16;
+  return plan;
 }
 
 void run(const Problem& p, int64_t batch) {
   static thread_local Scratch scratch;
   const Kernels& k = kernels();
-  const auto round_up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
-  const int64_t threads = torch::stable::get_num_threads(), panels = (p.outputs + kPanel - 1) / kPanel;
-  const int64_t tiles = batch * p.tile_rows * p.tile_columns, inputs = round_up(p.inputs, kChunk);
-  const int64_t most = std::clamp(kBlockFloats / (kFrequencies * inputs), k.group, kBlockTiles);
-  const int64_t blocks = (tiles + most - 1) / most, size = round_up((tiles + blocks - 1) / blocks, k.group);
-  const int64_t at_once = std::min({(2 * threads + panels - 1) / panels, blocks, kBlocksAtOnce});
-  // A few lines more than needed, so that equal places of V's frequencies do not fall into one set of the caches.
-  const int64_t stride = size * inputs + 5 * 16, m_floats = size * kFrequencies * kPanel + 5 * 16;
-  float* v = scratch.at_least(sizeof(float) * (at_once * kFrequencies * stride + threads * m_floats));
-  float* m = v + at_once * kFrequencies * stride;
+  const Plan plan = make_plan(p, batch, k.group);
+  float* v = scratch.at_least(sizeof(float) * (plan.at_once * plan.v_floats + plan.threads * plan.m_floats));
+  float* m = v + plan.at_once * plan.v_floats;
 
-  for (int64_t start = 0; start < tiles; start += at_once * size) {
-    const auto block = [&](int64_t i) {
-      const int64_t first = start + i * size;
-      return Block{first, std::min(size, tiles - first), v + i * kFrequencies * stride, stride};
-    };
-    const int64_t present = std::min(at_once, (tiles - start + size - 1) / size), groups = size / k.group;
-    parallel_tasks(present * groups, threads, [&](int64_t task, int64_t) {
-      const Block b = block(task / groups);
-      const int64_t begin = task % groups * k.group;
-      k.transform_inputs(p, b, begin, std::min(begin + k.group, b.count));
-    });
-    parallel_tasks(present * panels, threads, [&](int64_t task, int64_t thread) {
-      k.multiply_panel(p, block(task / panels), task % panels, m + thread * m_floats);
-    });
-  }
+  std::vector<Step> steps(2 * plan.rounds);
+  const auto work = [&](int64_t thread) {
+    for (int64_t round = 0; round < plan.rounds; ++round) {
+      const int64_t start = round * plan.at_once * plan.size, groups = plan.size / k.group;
+      const int64_t blocks = std::min(plan.at_once, divide_up(plan.tiles - start, plan.size));
+      const auto block = [&](int64_t i) {
+        const int64_t first = start + i * plan.size;
+        return Block{first, std::min(plan.size, plan.tiles - first), v + i * plan.v_floats, plan.v_stride};
+      };
+      steps[2 * round].share(blocks * groups, [&](int64_t task) {
+        const Block b = block(task / groups);
+        const int64_t begin = task % groups * k.group;
+        k.transform_inputs(p, b, begin, std::min(begin + k.group, b.count));
+      });
+      steps[2 * round + 1].share(blocks * plan.panels, [&](int64_t task) {
+        k.multiply_panel(p, block(task / plan.panels), task % plan.panels, m + thread * plan.m_floats);
+      });
+    }
+  };
+  // One parallel region for it all: on a busy machine the end of each one waits for a thread that does not run.
+  parallel_for(0, plan.threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) work(thread);
+  });
 }
 
 Tensor channels_adjacent(const Tensor& t) {
@@ -315,7 +345,7 @@ Tensor conv3x3(const Tensor& x, const Tensor& tiles, int64_t outputs, const std:
                const std::optional<Tensor>& residual, bool relu_input) {
   STD_TORCH_CHECK(x.dim() == 4 && tiles.dim() == 4, "conv3x3: wrong number of dimensions");
   const int64_t N = x.size(0), I = x.size(1), H = x.size(2), W = x.size(3);
-  STD_TORCH_CHECK(I > 0 && outputs > 0 && tiles.size(0) == (outputs + kPanel - 1) / kPanel && tiles.size(1) == kFrequencies &&
+  STD_TORCH_CHECK(I > 0 && outputs > 0 && tiles.size(0) == divide_up(outputs, kPanel) && tiles.size(1) == kFrequencies &&
                       tiles.size(2) == I && tiles.size(3) == kPanel && tiles.is_contiguous(),
                   "conv3x3: tiles do not fit");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == outputs), "conv3x3: bias does not fit");
@@ -334,7 +364,7 @@ Tensor conv3x3(const Tensor& x, const Tensor& tiles, int64_t outputs, const std:
   p.bias = bias ? offset.const_data_ptr<float>() : nullptr;
   p.y = y.mutable_data_ptr<float>();
   p.height = H, p.width = W, p.inputs = I, p.outputs = outputs;
-  p.tile_rows = (H + kTile - 1) / kTile, p.tile_columns = (W + kTile - 1) / kTile;
+  p.tile_rows = divide_up(H, kTile), p.tile_columns = divide_up(W, kTile);
   p.relu_input = relu_input;
   prefer_huge_pages(p.y, sizeof(float) * y.numel());
   run(p, N);
