@@ -60,8 +60,10 @@ class Run:
 
 
 def run(options: Run) -> None:
+    from pyvseg.engine.allocator import keep_freed_memory
     from pyvseg.engine.run import run as run_engine
 
+    keep_freed_memory()
     bounds = _frame_range(options.frames)
     masks = list(options.mask) or None
     summary = run_engine(
