@@ -31,7 +31,7 @@ class Motion:
         self.state = np.array([*centre, np.log(scale), rng.uniform(-0.35, 0.35), 0.0])
         extent = size * scale
         # Per frame: shift in x and y, zoom, rotation, shear.
-        self.step = np.array([0.12 * extent, 0.09 * extent, 0.08, 0.16, 0.08]) * strength
+        self.step = np.array([0.12 * extent, 0.09 * extent, 0.12, 0.2, 0.12]) * strength
         self.velocity = rng.normal(size=5) * self.step
         self.flip = rng.random() < 0.5
         self.bend = rng.normal(size=(2, 4, 4)) * 0.03 * size if rng.random() < 0.6 else np.zeros((2, 4, 4))
@@ -47,7 +47,7 @@ class Motion:
         maps = x + cos * (u + shear * v) - sin * v, y + sin * (u + shear * v) + cos * v
         self.velocity = 0.8 * self.velocity + 0.4 * self.rng.normal(size=5) * self.step
         self.state = self.state + self.velocity
-        self.bend = self.bend + self.rng.normal(size=self.bend.shape) * 0.012 * self.size * self.strength
+        self.bend = self.bend + self.rng.normal(size=self.bend.shape) * 0.022 * self.size * self.strength
         return maps[0].astype(np.float32), maps[1].astype(np.float32)
 
 
@@ -69,7 +69,7 @@ def aim(rng: np.random.Generator, mask: np.ndarray, size: int, share: tuple[floa
 def warped_image(rng: np.random.Generator, source: LabelledImage, length: int, size: int) -> list[LabelledImage]:
     """The whole image moves and bends; its objects are the objects (the static stage of STCN)."""
     ids = np.unique(source.labels)[1:]
-    centre, scale = aim(rng, source.labels == rng.choice(ids), size, (0.25, 0.95))
+    centre, scale = aim(rng, source.labels == rng.choice(ids), size, (0.2, 0.9))
     scale = min(scale, 1.2 * min(source.labels.shape) / size)  # mostly image, little fill
     motion = Motion(rng, centre, scale, size, rng.uniform(0.2, 1.0))
     return [warp(source, motion.next()) for _ in range(length)]
@@ -83,7 +83,7 @@ def pasted_objects(
     scale = min(height, width) / size * rng.uniform(0.4, 1.0)
     centre = np.array([width, height]) * rng.uniform(0.35, 0.65, 2)
     camera = Motion(rng, centre, scale, size, rng.uniform(0, 0.6))
-    paths = [Motion(rng, *aim(rng, o.labels > 0, size, (0.2, 0.8)), size, rng.uniform(0.2, 1.2)) for o in objects]
+    paths = [Motion(rng, *aim(rng, o.labels > 0, size, (0.15, 0.75)), size, rng.uniform(0.2, 1.2)) for o in objects]
     spread = [rng.uniform(-0.3, 0.3, 2) * size for _ in objects]
     frames = []
     for _ in range(length):
@@ -122,14 +122,21 @@ def blob(rng: np.random.Generator, texture: np.ndarray, size: int = 192) -> Labe
 
 
 def shade(rng: np.random.Generator, frames: list[LabelledImage]) -> list[LabelledImage]:
-    """Colour jitter shared by the sequence, a little more per frame, and at times blur, noise or loss of colour."""
+    """Colour jitter shared by the sequence and more per frame, so that an object is not known by its exact pixels alone."""
     gain, offset = rng.uniform(0.75, 1.25, 3) * rng.uniform(0.8, 1.2), rng.uniform(-20, 20)
-    grey, blur, noise = rng.random() < 0.05, rng.random() < 0.25, rng.random() < 0.25
+    grey, blur, noise = rng.random() < 0.05, rng.random() < 0.3, rng.random() < 0.25
+    change = rng.uniform(0, 0.2) if rng.random() < 0.7 else 0.03
     shaded = []
     for frame in frames:
-        image = frame.image * (gain * rng.uniform(0.93, 1.07)) + (offset + rng.uniform(-6, 6))
+        image = frame.image * (gain * (1 + change * rng.uniform(-1, 1, 3) * 0.5) * (1 + change * rng.uniform(-1, 1)))
+        image = image + offset + 100 * change * rng.uniform(-1, 1)
+        if rng.random() < 0.5:
+            image = image * _light(rng, image.shape[:2], 2 * change)
         if blur:
             image = _streak(rng, image)
+        if rng.random() < change:
+            small = cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+            image = cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
         if noise:
             image = image + rng.normal(0, 6, image.shape)
         image = image.clip(0, 255).astype(np.uint8)
@@ -137,6 +144,12 @@ def shade(rng: np.random.Generator, frames: list[LabelledImage]) -> list[Labelle
             image = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None], 3, 2)
         shaded.append(LabelledImage(image, frame.labels))
     return shaded
+
+
+def _light(rng: np.random.Generator, size: tuple[int, int], amount: float) -> np.ndarray:
+    """A smooth brightness field (H, W, 1) around 1: shadows and highlights that move from frame to frame."""
+    coarse = 1 + amount * rng.uniform(-1, 1, (4, 4)).astype(np.float32)
+    return cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)[..., None]
 
 
 def _streak(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:

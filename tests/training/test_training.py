@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from pyvseg import checkpoints
 from pyvseg.errors import CheckpointError, PyvsegError
 from pyvseg.models.stcn import STCN, STCNSettings
 from pyvseg.training.data import Mixture
@@ -74,20 +76,38 @@ def test_a_pass_reaches_every_parameter():
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
-def test_training_learns_and_resumes(tmp_path):
+def test_a_sample_can_be_learnt():
     torch.manual_seed(0)
-    model = STCN(replace(SMALL, refine_width=None))
-    schedule = Schedule(iterations=24, batch=2, rate=2e-3, save_every=8)
-    train(model, mixture(), schedule, tmp_path, workers=0)
-    import json
+    model = STCN(SMALL).eval()
+    images, labels = next(iter(mixture(4)))
+    frames = (images.permute(0, 3, 1, 2)[None] / 255 - 0.5) / 0.25
+    masks = torch.stack([labels[0] == i for i in (1, 2)])[None].float()
+    selector = masks.flatten(2).any(2).float()
+    optimizer, criterion, losses = torch.optim.Adam(model.parameters(), 2e-3), BootstrappedCrossEntropy(), []
+    for _ in range(40):
+        logits = training_pass(model, frames, masks, selector, [[1, 2], [3]])
+        loss = sum(criterion(x, labels[None, t].long(), selector.sum(1).long(), 0) for t, x in logits.items())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0], losses
 
+
+def test_a_run_saves_logs_and_resumes(tmp_path):
+    model = STCN(replace(SMALL, refine_width=None))
+    before = model.decoder.pred.weight.detach().clone()
+    train(model, mixture(), Schedule(iterations=3, batch=2, save_every=2), tmp_path, workers=0)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert rows[-1]["iteration"] == 20 and rows[-1]["loss"] < 0.7 * rows[0]["loss"]
-    saved = torch.load(tmp_path / "resume.pt", weights_only=True)
-    assert saved["iteration"] == 24
-    longer = replace(schedule, iterations=26)
-    train(STCN(replace(SMALL, refine_width=None)), mixture(), longer, tmp_path, workers=0)
-    assert torch.load(tmp_path / "resume.pt", weights_only=True)["iteration"] == 26
+    assert rows[0]["iteration"] == 0 and np.isfinite(rows[0]["loss"])
+    assert not torch.equal(model.decoder.pred.weight, before)
+    assert torch.load(tmp_path / "resume.pt", weights_only=True)["iteration"] == 3
+    fresh = STCN(replace(SMALL, refine_width=None))
+    train(fresh, mixture(), Schedule(iterations=3, batch=2), tmp_path, workers=0)  # nothing left to do
+    assert torch.equal(fresh.decoder.pred.weight, model.decoder.pred.weight)
+    train(fresh, mixture(), Schedule(iterations=4, batch=2), tmp_path, workers=0)
+    assert torch.load(tmp_path / "resume.pt", weights_only=True)["iteration"] == 4
+    assert all(v.dtype == torch.float16 for v in checkpoints.read(tmp_path / "model.safetensors").values() if v.is_floating_point())
 
 
 def test_a_damaged_resume_file_is_named(tmp_path):
