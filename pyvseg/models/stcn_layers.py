@@ -79,7 +79,7 @@ class UpsampleBlock(nn.Module):
         return conv3x3(self.skip_conv, skip)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.out_conv(skip + F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False))
+        return self.out_conv(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False).add_(skip))
 
 
 class Decoder(nn.Module):
