@@ -18,6 +18,7 @@ def main(
     /,
     threads: int = 2,
     quick: bool = False,
+    only: str = "",
     budget: Annotated[float, tyro.conf.arg(help="seconds of timing per case")] = 15.0,
     rounds: int = 50,
     out: Path | None = None,
@@ -28,6 +29,7 @@ def main(
         names: ops to time; all without one.
         threads: of PyTorch.
         quick: fewer sizes, no torch.compile.
+        only: text that a case's name must contain.
         rounds: at most so many; every way runs once per round.
         out: folder for results.json and results.md.
     """
@@ -43,6 +45,8 @@ def main(
     results = []
     for name in names or there:
         for case in importlib.import_module(f"benchmarks.ops.{name}").cases(quick):
+            if only not in case.name:
+                continue
             rows = harness.rows_of(case, peak, budget, rounds)
             bars = harness.bars_of(case, rows)
             harness.show(console, case, rows, bars)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark's arithmetic, not the machine's speed."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import harness
+
+
+def case() -> harness.Case:
+    ways = {"slow": lambda: torch.ones(400, 400) @ torch.ones(400, 400), "quick": lambda: None}
+    return harness.Case("op", "tiny", ways, bytes=1e6, flops=2e6, bars={("quick", "slow"): 1.0, ("slow", "quick"): 1e9})
+
+
+def test_rows_relate_to_baseline_and_peaks():
+    peak = harness.Peaks(copy=1e9, gemm={"float32": 1e9})
+    assert peak.seconds(case(), "slow") == 2e-3  # flops bind, 1e6 bytes take 1e-3
+    slow, quick = harness.rows_of(case(), peak, budget=1, rounds=5)
+    assert slow.ratio == 1 and quick.ratio == pytest.approx(slow.ms / quick.ms)
+    assert slow.share_of_roofline == pytest.approx(2.0 / slow.ms)
+    assert slow.p10 <= slow.ms <= slow.p90
+    met, missed = harness.bars_of(case(), [slow, quick])
+    assert met.startswith("met") and missed.startswith("MISSED")
+
+
+def test_results_are_written(tmp_path):
+    peak = harness.Peaks(copy=1e9, gemm={"float32": 1e9})
+    rows = harness.rows_of(case(), peak, budget=1, rounds=3)
+    harness.write(tmp_path / "out", harness.machine(2), peak, [(case(), rows, ["met"])])
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["way"] for row in record["rows"]] == ["slow", "quick"]
+    assert "| slow |" in (tmp_path / "out" / "results.md").read_text()
