@@ -89,7 +89,7 @@ def _full_read(memory_key: Tensor, memory_value: Tensor, query_key: Tensor) -> T
 
 def _empty(memory_key: Tensor, memory_value: Tensor, query_key: Tensor) -> Tensor:
     B, O, _, CV = memory_value.shape
-    zero = memory_key.sum() * 0 + query_key.sum() * 0 + memory_value.sum() * 0  # keeps the graph of the inputs
+    zero = sum(t.flatten()[:0].sum() for t in (memory_key, memory_value, query_key))  # keeps the graph of the inputs
     return zero.to(memory_value.dtype).expand(B, O, query_key.shape[1], CV).clone()
 
 
