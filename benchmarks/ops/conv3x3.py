@@ -33,6 +33,6 @@ def cases(quick: bool) -> Iterator[Case]:
     yield case("thin features", 1, 1024, 512, 30, 54, 2.5)
     yield case("decoder, stride 16, 5 frames", 5, 512, 512, 30, 54, 2.5)
     yield case("decoder, stride 8", 1, 512, 256, 60, 108, 2.5)
-    yield case("decoder, stride 8", 1, 256, 256, 60, 108, 2.5)
+    yield case("decoder, stride 8", 1, 256, 256, 60, 108, 2.2)
     yield case("ResNet, stride 8", 1, 128, 128, 60, 108, 2)
     yield case("ResNet, stride 4", 1, 64, 64, 120, 216, 1.5)
