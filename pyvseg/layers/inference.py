@@ -4,10 +4,28 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from pyvseg.layers.conv import fast_conv3x3
+
+
+class Linear(nn.Module):
+    """`nn.Linear` for inference. In float32 on a CPU it runs as a 1x1 convolution: oneDNN's kernels behind that are about
+    twice as fast as the matrix library behind `F.linear` on current AMD processors, and no slower elsewhere."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0:
+            return F.linear(x, self.weight, self.bias)
+        rows = x.reshape(1, 1, -1, self.in_features).permute(0, 3, 1, 2)
+        y = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 
 def fold_batch_norms(root: nn.Module) -> None:
@@ -43,6 +61,8 @@ def for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for name, child in module.named_children():
             if hasattr(child, "for_inference"):
                 setattr(module, name, child.for_inference())
+            elif type(child) is nn.Linear:
+                setattr(module, name, Linear(child))
             elif type(child) is nn.Conv2d and child.kernel_size == (3, 3) and child.stride == (1, 1) and child.groups == 1:
                 setattr(module, name, fast_conv3x3(child))
     return model

@@ -21,7 +21,9 @@ from pyvseg.models.vos import VOSState
 
 # Within a clip every fifth frame becomes temporary memory for the later ones (progressive matching); fixed in the published model.
 PROGRESSIVE_STEP = 5
-_FRAMES_TOGETHER = 5  # frames that pass through the convolutions at once; bounds memory in long clips
+# Frames pass through the convolutions a few at a time. On a CPU their largest map stays below what the allocator
+# reuses: larger ones come fresh from the kernel, and clearing their pages costs a quarter of the time.
+_CPU_MAP_BYTES, _GPU_FRAMES = 32 << 20, 8
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class STCN(nn.Module):
 
     def encode(self, images: Tensor) -> ClipFeatures:
         """Normalised frames (L, 3, H, W), sides multiples of 16 -> features; a few frames at a time."""
-        parts = [vars(self.features(some)) for some in images.split(_FRAMES_TOGETHER)]
+        parts = [vars(self.features(some)) for some in images.split(self._together(images))]
         if len(parts) == 1:
             return ClipFeatures(**parts[0])
         joined = {name: None if x is None else torch.cat([part[name] for part in parts]) for name, x in parts[0].items()}
@@ -178,7 +180,8 @@ class STCN(nn.Module):
             for i, readout in zip(bank.object_ids, self._read(features, bank)):
                 readouts[i] = readout if maps is None else self.icr(readout[None, None], maps)[0, 0]
         ordered = [readouts[i].permute(0, 3, 1, 2) for i in state.object_ids]  # channels last in memory
-        return torch.cat([self._decode(features, ordered, t) for t in range(0, len(features.keys), _FRAMES_TOGETHER)], 1)
+        step = self._together(features.images)
+        return torch.cat([self._decode(features, ordered, slice(t, t + step)) for t in range(0, len(features.keys), step)], 1)
 
     def link(self, features: ClipFeatures, indices: list[int], probabilities: Tensor, state: VOSState, *, clip_length: int, closed: bool, include_last: bool = False) -> None:
         """Let the segmented clip enter memory, as the schedule of the settings says.
@@ -218,8 +221,14 @@ class STCN(nn.Module):
         bank.temporary = before
         return torch.cat(readouts, 1).unflatten(2, features.grid)
 
-    def _decode(self, features: ClipFeatures, readouts: list[Tensor], start: int) -> Tensor:
-        """Readouts (L, CV, h, w), one per object -> probabilities (K + 1, L', H, W) of the frames from `start` on."""
-        frames = slice(start, start + _FRAMES_TOGETHER)
+    def _decode(self, features: ClipFeatures, readouts: list[Tensor], frames: slice) -> Tensor:
+        """Readouts (L, CV, h, w), one per object -> probabilities (K + 1, L', H, W) of some of the clip's frames."""
         terms = self.decoder.of_frame(features.thin[frames], features.f8[frames], features.f4[frames])
         return aggregate(torch.stack([self.decoder(readout[frames], terms) for readout in readouts]).sigmoid_())
+
+    def _together(self, images: Tensor) -> int:
+        if images.device.type != "cpu":
+            return _GPU_FRAMES
+        channels = max(self.key_encoder.channels[0], self.settings.decoder_widths[1])
+        size = channels * (images.shape[-2] // 4) * (images.shape[-1] // 4) * self.dtype.itemsize
+        return max(1, _CPU_MAP_BYTES // size)
