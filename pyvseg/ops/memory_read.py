@@ -41,7 +41,7 @@ def memory_read(
     if top_k is None:
         return _full_read(memory_key, memory_value, query_key)
     top_k = min(top_k, N)
-    choice = _dispatch.choose("memory_read", backend, memory_key, memory_value, query_key, slower="15 to 25 times")
+    choice = _dispatch.choose("memory_read", backend, memory_key, memory_value, query_key, slower="20 to 50 times")
     if choice == "reference":
         return reference(memory_key, memory_value, query_key, top_k)
     return torch.ops.pyvseg.memory_read(memory_key, memory_value, query_key, top_k)[0]
