@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pyvseg.ops import _dispatch
 
+__all__ = ["Conv3x3Weight", "conv3x3", "conv3x3_weight"]
+
 B_T = (
     (81 / 64, 0, -45 / 16, 0, 1, 0),
     (0, -27 / 16, -9 / 4, 3 / 4, 1, 0),

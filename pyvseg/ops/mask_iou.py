@@ -8,6 +8,8 @@ from torch import Tensor
 
 from pyvseg.ops import _dispatch
 
+__all__ = ["PackedMasks", "mask_iou", "mask_overlap", "pack_masks"]
+
 _PACKABLE = (torch.bool, torch.uint8, *_dispatch.DTYPES)
 _SLOWER = "50 to 100 times"
 

@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pyvseg.ops import _dispatch
 
+__all__ = ["memory_read"]
+
 _AFFINITY_FLOATS = 1 << 22  # of one chunk of queries in the PyTorch forms; bounds their memory
 
 
