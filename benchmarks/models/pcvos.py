@@ -124,7 +124,15 @@ def _network() -> STCN:
     return model
 
 
-def main(objects: tuple[int, ...] = (2, 5), clip: int = 5, memory_frames: int = 6, rounds: int = 2, threads: int = 2, bfloat16: bool = True, out: Path | None = None) -> None:
+def main(
+    objects: tuple[int, ...] = (2, 5),
+    clip: int = 5,
+    memory_frames: int = 6,
+    rounds: int = 2,
+    threads: int = 2,
+    bfloat16: bool = True,
+    out: Path | None = None,
+) -> None:
     """Time PCVOS (ResNet-50) at 480 x 854.
 
     Args:
@@ -137,7 +145,8 @@ def main(objects: tuple[int, ...] = (2, 5), clip: int = 5, memory_frames: int = 
         out: write the figures as JSON.
     """
     torch.set_num_threads(threads)
-    table = Table(title=f"PCVOS ResNet-50, {HEIGHT}x{WIDTH}, clip {clip}, {memory_frames} memory frames, {threads} threads: seconds per frame")
+    sizes = f"{HEIGHT}x{WIDTH}, clip {clip}, {memory_frames} memory frames, {threads} threads"
+    table = Table(title=f"PCVOS ResNet-50, {sizes}: seconds per frame")
     rows = {}
     for count in objects:
         rows[count] = compare(count, clip, memory_frames, rounds, bfloat16)
@@ -148,7 +157,8 @@ def main(objects: tuple[int, ...] = (2, 5), clip: int = 5, memory_frames: int = 
         table.add_row(str(count), *(f"{s:.3f} ({base / s:.2f}x)" for s in rows[count].values()))
     Console(width=110).print(table)
     if out:
-        out.write_text(json.dumps({"clip": clip, "memory_frames": memory_frames, "threads": threads, "seconds_per_frame": rows}, indent=1) + "\n")
+        record = {"clip": clip, "memory_frames": memory_frames, "threads": threads, "seconds_per_frame": rows}
+        out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -143,7 +143,9 @@ class STCN(nn.Module):
         refine = None if self.settings.refine_width is None else self.icr_proj(f16)
         return ClipFeatures(images, keys, f16, self.key_comp(f16), f8, f4, refine)
 
-    def annotate(self, features: ClipFeatures, index: int, masks: dict[int, Tensor], before: Tensor | None, state: VOSState) -> Tensor:
+    def annotate(
+        self, features: ClipFeatures, index: int, masks: dict[int, Tensor], before: Tensor | None, state: VOSState
+    ) -> Tensor:
         """Enter the user's masks of frame `index`.
 
         features   of this frame alone (L = 1)
@@ -183,7 +185,17 @@ class STCN(nn.Module):
         step = self._together(features.images)
         return torch.cat([self._decode(features, ordered, slice(t, t + step)) for t in range(0, len(features.keys), step)], 1)
 
-    def link(self, features: ClipFeatures, indices: list[int], probabilities: Tensor, state: VOSState, *, clip_length: int, closed: bool, include_last: bool = False) -> None:
+    def link(
+        self,
+        features: ClipFeatures,
+        indices: list[int],
+        probabilities: Tensor,
+        state: VOSState,
+        *,
+        clip_length: int,
+        closed: bool,
+        include_last: bool = False,
+    ) -> None:
         """Let the segmented clip enter memory, as the schedule of the settings says.
 
         indices        of the clip's frames in the video
@@ -195,10 +207,13 @@ class STCN(nn.Module):
         for t, index in enumerate(indices):
             last = t == len(indices) - 1
             due = index % every == 0 if self.settings.schedule == "modulo" else index - state.last_memory >= every
-            if due and not (last and closed and self.settings.schedule != "clip"):
-                state.remember(index, features.keys[t], self.encode_values(features, t, probabilities[1:, t]), annotated=False)
-            elif include_last and last and not closed:
-                state.remember_temporarily(features.keys[t], self.encode_values(features, t, probabilities[1:, t]))
+            permanent = due and not (last and closed and self.settings.schedule != "clip")
+            if permanent or (include_last and last and not closed):
+                values = self.encode_values(features, t, probabilities[1:, t])
+                if permanent:
+                    state.remember(index, features.keys[t], values, annotated=False)
+                else:
+                    state.remember_temporarily(features.keys[t], values)
 
     def encode_values(self, features: ClipFeatures, t: int, masks: Tensor) -> Tensor:
         """Soft masks (K, H, W) of frame t of the clip -> values (K, h * w, CV)."""

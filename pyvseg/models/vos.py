@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvseg import checkpoints
+from pyvseg.errors import CheckpointError
 from pyvseg.models.memory import MemoryBank
 
 DEFAULT_MEMORY_FRAMES = 16
@@ -109,7 +110,10 @@ class VOSState:
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> VOSState:
+        """Raises CheckpointError for a file that `save` did not write."""
         tensors = {k: v.to(device) for k, v in checkpoints.read(path).items()}
+        if "max_memory_frames" not in tensors:
+            raise CheckpointError(f"{path}: not a saved state of a video; start the video again")
         bound = int(tensors["max_memory_frames"])
         state = cls(None if bound < 0 else bound, tensors["object_ids"].tolist(), [], int(tensors["last_memory"]))
         while f"bank{len(state.banks)}.keys" in tensors:

@@ -62,7 +62,8 @@ ZOO = {
             note="small encoders, trained by pyvseg; see the model card",
         ),
         Variant(
-            "pcvos_r50_ytvos", "semi-supervised", "pcvos", STCNSettings(), "s03_pcvos_ytvos.pth", "the PCVOS authors' repository", "GPL-3.0",
+            "pcvos_r50_ytvos", "semi-supervised", "pcvos", STCNSettings(), "s03_pcvos_ytvos.pth",
+            "the PCVOS authors' repository", "GPL-3.0",
             {"YouTube-VOS 2019 val G, clip 5/10/15/25": "84.6 / 84.1 / 83.6 / 83.0", "DAVIS 2017 val J&F": "86.1"},
         ),
         Variant(
@@ -102,7 +103,8 @@ def load(
     chosen = variant(name)
     path = chosen.bundled if weights is None else Path(weights)
     if path is None:
-        raise PyvsegError(f"{name} has no bundled weights: download {chosen.file} from {chosen.where} ({chosen.licence}) and pass it as weights")
+        source = f"{chosen.file} from {chosen.where} ({chosen.licence})"
+        raise PyvsegError(f"{name} has no bundled weights: download {source} and pass it as weights")
     if precision not in ("float32", "bfloat16"):
         raise PyvsegError(f"precision {precision!r} is not supported; use float32 or bfloat16")
     model = build(chosen.settings, checkpoints.read(path), name=str(path))

@@ -135,9 +135,11 @@ def _average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 def _save(out: Path, model, average, optimizer, iteration: int, schedule: Schedule) -> None:
     half = {k: v.half() if v.is_floating_point() else v for k, v in average.state_dict().items()}
-    checkpoints.write(out / "model.safetensors", half, {"iterations": str(iteration), "schedule": json.dumps(asdict(schedule))})
+    metadata = {"iterations": str(iteration), "schedule": json.dumps(asdict(schedule))}
+    checkpoints.write(out / "model.safetensors", half, metadata)
     partial = out / "resume.pt.partial"
-    torch.save({"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}, partial)
+    states = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save({**states, "iteration": iteration}, partial)
     os.replace(partial, out / "resume.pt")
 
 
