@@ -22,6 +22,16 @@ inline bool is_bf16(const Tensor& t) {
   return type == ScalarType::BFloat16;
 }
 
+// What a kernel reads and writes; it accumulates in float32 whatever this is.
+enum class Number : int32_t { kFloat, kBfloat16, kHalf };
+
+inline Number number_of(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "pyvseg: need float32, bfloat16 or float16");
+  return type == ScalarType::Float ? Number::kFloat : type == ScalarType::BFloat16 ? Number::kBfloat16 : Number::kHalf;
+}
+
 // Kernels take any strides but want the last dimension contiguous.
 inline Tensor rows_contiguous(const Tensor& t) {
   return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : torch::stable::contiguous(t);

@@ -29,6 +29,9 @@ typedef uint16_t vhalf __attribute__((vector_size(PYVSEG_VECTOR_BYTES / 2)));
 struct bfloat16 {
   uint16_t bits;
 };
+struct float16 {
+  uint16_t bits;
+};
 
 PYVSEG_INLINE vfloat splat(float x) { return x - vfloat{}; }
 PYVSEG_INLINE vint splat(int32_t x) { return x - vint{}; }
@@ -49,7 +52,43 @@ PYVSEG_INLINE vfloat load(const bfloat16* p) {
   return (vfloat)(__builtin_convertvector(h, vuint) << 16);
 }
 
+// Half precision in integer arithmetic, for machines without the instruction; exact, subnormals, infinities and NaN included.
+PYVSEG_INLINE vfloat widen(vuint h) {
+  const vuint magnitude = h & 0x7fff;
+  const vfloat scaled = (vfloat)(magnitude << 13) * 0x1p112f;  // moves the exponent's bias, subnormals too
+  const vuint finite = (vuint)scaled, special = (magnitude << 13) | 0x7f800000;
+  return (vfloat)((magnitude >= 0x7c00 ? special : finite) | (h & 0x8000) << 16);
+}
+PYVSEG_INLINE vuint narrow(vfloat v) {
+  const vuint u = (vuint)v, sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  const vuint normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Adding 0.5 leaves multiples of 2^-24, the step of subnormals, in the low bits, rounded to nearest even.
+  const vuint subnormal = (vuint)((vfloat)magnitude + 0.5f) - 0x3f000000;
+  const vuint finite = magnitude < 0x38800000 ? subnormal : normal;
+  const vuint special = magnitude > 0x7f800000 ? (0x7e00 | (magnitude >> 13 & 0x3ff)) : magnitude - magnitude + 0x7c00;
+  return (magnitude >= 0x477ff000 ? special : finite) | sign;
+}
+
+PYVSEG_INLINE vfloat load(const float16* p) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vhalf h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return widen(__builtin_convertvector(h, vuint));
+#endif
+}
+
 PYVSEG_INLINE float load1(const float* p) { return *p; }
+PYVSEG_INLINE float load1(const float16* p) {
+#if defined(__F16C__)
+  return _cvtsh_ss(p->bits);
+#else
+  return widen(p->bits + vuint{})[0];
+#endif
+}
 PYVSEG_INLINE float load1(const bfloat16* p) {
   const uint32_t u = uint32_t(p->bits) << 16;
   float x;
@@ -66,8 +105,26 @@ PYVSEG_INLINE void store(bfloat16* p, vfloat v) {
   const vhalf h = __builtin_convertvector(v == v ? rounded : (u >> 16) | 0x40, vhalf);
   __builtin_memcpy(p, &h, sizeof h);
 }
+// Round to nearest even; too large becomes infinite.
+PYVSEG_INLINE void store(float16* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const vhalf h = __builtin_convertvector(narrow(v), vhalf);
+  __builtin_memcpy(p, &h, sizeof h);
+#endif
+}
 
 PYVSEG_INLINE void store1(float* p, float x) { *p = x; }
+PYVSEG_INLINE void store1(float16* p, float x) {
+#if defined(__F16C__)
+  p->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  p->bits = uint16_t(narrow(splat(x))[0]);
+#endif
+}
 PYVSEG_INLINE void store1(bfloat16* p, float x) {
   uint32_t u;
   __builtin_memcpy(&u, &x, 4);
