@@ -10,6 +10,8 @@
 #include <tuple>
 #include <vector>
 
+#include "number.h"
+
 namespace pyvseg {
 
 using torch::headeronly::ScalarType;
@@ -21,9 +23,6 @@ inline bool is_bf16(const Tensor& t) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "pyvseg: need float32 or bfloat16");
   return type == ScalarType::BFloat16;
 }
-
-// What a kernel reads and writes; it accumulates in float32 whatever this is.
-enum class Number : int32_t { kFloat, kBfloat16, kHalf };
 
 inline Number number_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();

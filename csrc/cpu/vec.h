@@ -7,6 +7,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#include "number.h"
 
 #define PYVSEG_INLINE static inline __attribute__((always_inline))
 
@@ -32,6 +33,16 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
+
+// body(float{}), body(bfloat16{}) or body(float16{}): a kernel for each type, the one for `number` runs.
+template <typename Body>
+PYVSEG_INLINE auto with_number(Number number, const Body& body) {
+  switch (number) {
+    case Number::kBfloat16: return body(bfloat16{});
+    case Number::kHalf: return body(float16{});
+    default: return body(float{});
+  }
+}
 
 PYVSEG_INLINE vfloat splat(float x) { return x - vfloat{}; }
 PYVSEG_INLINE vint splat(int32_t x) { return x - vint{}; }
