@@ -142,6 +142,34 @@ PYVSEG_INLINE void store1(bfloat16* p, float x) {
   p->bits = uint16_t(x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) | 0x40);
 }
 
+// Lane i of the result is lane which[i] of a followed by b.
+PYVSEG_INLINE vuint shuffle(vuint a, vuint b, vuint which) {
+#if defined(__clang__)
+  vuint v;
+  for (int i = 0; i < kLanes; ++i) v[i] = int(which[i]) < kLanes ? a[which[i]] : b[which[i] - kLanes];
+  return v;
+#else
+  return __builtin_shuffle(a, b, which);
+#endif
+}
+
+// A square of 32-bit words, one row in each vector.
+PYVSEG_INLINE void transpose(vuint v[kLanes]) {
+  vuint lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {  // swaps the off-diagonal squares of this size
+    const vuint low = (lane & step) ? lane + (kLanes - step) : lane, high = (lane & step) ? lane + kLanes : lane + step;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & step) continue;
+      const vuint a = v[i], b = v[i + step];
+      v[i] = shuffle(a, b, low);
+      v[i + step] = shuffle(a, b, high);
+    }
+  }
+}
+
 PYVSEG_INLINE float sum(vfloat v) {
 #if defined(__AVX512F__)
   const __m256 eight = _mm512_castps512_ps256((__m512)v) + _mm512_extractf32x8_ps((__m512)v, 1);
