@@ -33,7 +33,7 @@ class Options:
     """By default every sequence that is annotated at every frame."""
     model: str = "pcvos_tiny"
     weights: Path | None = None
-    clip_lengths: tuple[int, ...] = (5,)
+    clip_lengths: tuple[int, ...] = (1, 3, 5)
     precision: str = "float32"
     baselines: bool = True
     """False leaves the two baselines out."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyvseg.engine.propagate import DEFAULT_CLIP_LENGTH, Propagation, propagate
+from pyvseg.engine.propagate import Propagation, propagate
 from pyvseg.engine.types import Frame, FrameResult
 from pyvseg.models import zoo
 from pyvseg.models.stcn import STCN
@@ -27,7 +27,7 @@ class Model:
         video: str | Path | Iterable[np.ndarray],
         masks: str | Path | np.ndarray | Mapping[int, np.ndarray],
         *,
-        clip_length: int = DEFAULT_CLIP_LENGTH,
+        clip_length: int | None = None,
         max_memory_frames: int | None = DEFAULT_MEMORY_FRAMES,
     ) -> Iterator[FrameResult]:
         """Follow the masked objects through the video; one result per frame, in order, as soon as it is ready.
@@ -35,7 +35,7 @@ class Model:
         video              a video file, a folder of images, or uint8 RGB arrays (H, W, 3)
         masks              for frame 0: a palette PNG, a JSON of polygons, boxes or RLE, or a label image uint8 (H, W);
                            or {frame index: label image}, which lets objects enter later
-        clip_length        frames segmented together: longer is faster
+        clip_length        frames segmented together, None for the model's own number: longer is faster
         max_memory_frames  bound on the memory, None for the published behaviour (grows with the video)
 
         Raises VideoError for a video or masks that cannot be used.

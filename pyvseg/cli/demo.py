@@ -23,8 +23,8 @@ class Demo:
     """A name of `pyvseg models`."""
     weights: Path | None = None
     """A checkpoint; not needed for the bundled model."""
-    clip_length: int = 5
-    """Frames segmented together."""
+    clip_length: int | None = None
+    """Frames segmented together; left out: the model's own number."""
     device: str | None = None
     """cpu, cuda, cuda:1; left out: CUDA where there is one."""
 

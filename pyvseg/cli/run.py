@@ -38,8 +38,8 @@ class Run:
     """A published checkpoint or a safetensors file; not needed where weights are bundled."""
     out: Path = Path("output")
     """Folder for the results."""
-    clip_length: int = 5
-    """Frames segmented together: longer is faster, shorter follows fast change better."""
+    clip_length: int | None = None
+    """Frames segmented together: longer is faster, shorter follows fast change better. Left out: the model's own number."""
     max_memory_frames: int | Literal["none", "default"] = "default"
     """Frames that the memory holds; none = no bound, as published."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -66,9 +66,10 @@ def run(options: Run) -> None:
     keep_freed_memory()
     bounds = _frame_range(options.frames)
     masks = list(options.mask) or None
+    tracker = _tracker(options)
     summary = run_engine(
-        _tracker(options), options.video, masks, out=options.out, overlay=options.overlay, overwrite=options.overwrite, resume=options.resume,
-        frames=bounds, annotations=options.annotations, sequences=options.sequences, queue_frames=2 * options.clip_length,
+        tracker, options.video, masks, out=options.out, overlay=options.overlay, overwrite=options.overwrite, resume=options.resume,
+        frames=bounds, annotations=options.annotations, sequences=options.sequences, queue_frames=2 * tracker.settings["clip_length"],
     )  # fmt: skip
     report(summary)
 
@@ -103,7 +104,7 @@ def _frame_range(text: str | None) -> tuple[int, int | None] | None:
 
 def _tracker(options: Run):
     """Loads the model; nothing has been written yet when this fails."""
-    if options.clip_length < 1:
+    if options.clip_length is not None and options.clip_length < 1:
         raise PyvsegError(f"--clip-length {options.clip_length}: must be at least 1")
     if isinstance(options.max_memory_frames, int) and options.max_memory_frames < 1:
         raise PyvsegError(f"--max-memory-frames {options.max_memory_frames}: must be at least 1, or none")
@@ -122,7 +123,7 @@ def _tracker(options: Run):
         return Propagation(model, clip_length=options.clip_length, max_memory_frames=bound, state=state)
 
     settings = {
-        "model": options.model, "weights": str(options.weights), "clip_length": options.clip_length,
+        "model": options.model, "weights": str(options.weights), "clip_length": options.clip_length or model.settings.clip_length,
         "max_memory_frames": bound, "precision": options.precision, "device": str(model.device), "pyvseg": __version__,
     }  # fmt: skip
     return Tracker(propagation, settings)

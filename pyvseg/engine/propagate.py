@@ -14,14 +14,12 @@ from pyvseg.errors import VideoError
 from pyvseg.models.stcn import STCN, ClipFeatures
 from pyvseg.models.vos import DEFAULT_MEMORY_FRAMES, Geometry, VOSState
 
-DEFAULT_CLIP_LENGTH = 5
-
 
 class Propagation:
     """Carries the user's masks through a video.
 
     model              a loaded network
-    clip_length        frames segmented together; longer is faster, shorter follows fast change better
+    clip_length        frames segmented together, None for the model's own number; longer is faster, shorter follows fast change better
     max_memory_frames  bound on each memory bank, None for none. A full bank drops its oldest frame that was not annotated
     required           indices of the frames to segment, None for all (memory frames of STCN are segmented in any case)
     include_last       the previous clip's last frame is temporary memory even when it is not a memory frame
@@ -36,12 +34,13 @@ class Propagation:
         self,
         model: STCN,
         *,
-        clip_length: int = DEFAULT_CLIP_LENGTH,
+        clip_length: int | None = None,
         max_memory_frames: int | None = DEFAULT_MEMORY_FRAMES,
         required: set[int] | None = None,
         include_last: bool = False,
         state: VOSState | None = None,
     ) -> None:
+        clip_length = model.settings.clip_length if clip_length is None else clip_length
         if clip_length < 1 or (max_memory_frames is not None and max_memory_frames < 1):
             raise ValueError(f"clip_length and max_memory_frames must be at least 1, got {clip_length} and {max_memory_frames}")
         self.model, self.clip_length, self.required, self.include_last = model, clip_length, required, include_last

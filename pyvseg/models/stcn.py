@@ -40,6 +40,7 @@ class STCNSettings:
     memory_every    distance between memory frames; None: the clip length
     schedule        "clip": a full clip's last frame is memory even before an annotated frame; "distance": not there;
                     "modulo": frames whose index is a multiple of `memory_every`
+    clip_length     frames segmented together unless the user asks for another number
     short_side      frames are resized to this shorter side; None leaves them as they are
     """
 
@@ -56,6 +57,7 @@ class STCNSettings:
     progressive: bool = True
     memory_every: int | None = None
     schedule: str = "clip"
+    clip_length: int = 5
     short_side: int | None = 480
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

@@ -50,6 +50,7 @@ _TINY = STCNSettings(
     thin_width=96,
     decoder_widths=(128, 64, 48),
     refine_width=64,
+    clip_length=3,  # what it was trained with
     short_side=384,  # measured on DAVIS: the small network sees further at this size than at 480
     mean=(127 / 255,) * 3,
     std=(128 / 255,) * 3,

@@ -22,7 +22,7 @@ def clip(tmp_path, monkeypatch):
     write_video(tmp_path / "clip.mp4", images(23))
     write_labels(tmp_path / "first.png", square())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_command, "_tracker", lambda options: standin(options.clip_length))
+    monkeypatch.setattr(run_command, "_tracker", lambda options: standin(options.clip_length or 5))
     return tmp_path
 
 
@@ -149,7 +149,7 @@ import sys
 from pyvseg.cli import run
 from pyvseg.cli.main import main
 from tests.engine.standin import standin
-run._tracker = lambda options: standin(options.clip_length, delay=0.05)
+run._tracker = lambda options: standin(options.clip_length or 5, delay=0.05)
 sys.exit(main(sys.argv[1:]))
 """
 
