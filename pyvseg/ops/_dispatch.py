@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation of an op runs: compiled for the CPU, CUDA, Triton, or the PyTorch reference.
 
-An op asks `choose(name, backend, tensors...)`. What is there is found out by itself: a compiled kernel is there when its
-library registered `pyvseg::<op>` for the device, a Triton one when `pyvseg/kernels/<op>.py` exists.
+An op asks `choice = choose(name, backend, tensors...)` and calls `kernels(choice).<op>(...)`. What is there is found out by
+itself: a compiled kernel is there when its library registered `pyvseg::<op>` for the device, a Triton one when
+`pyvseg/kernels/<op>.py` exists. Triton's are `pyvseg_triton::<op>`, custom ops of the same schema, fake and gradient:
+`register_fake` and `register_autograd` take the op's bare name and serve both.
 """
 
 import functools
+import importlib
 import importlib.util
 import os
 import pkgutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -20,7 +23,7 @@ from torch import Tensor
 from pyvseg.errors import PyvsegError
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
-DTYPES = (torch.float32, torch.bfloat16)  # what the kernels take; the reference takes every floating dtype
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels take; the reference takes every floating dtype
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
@@ -79,6 +82,12 @@ def _cuda_library_missing() -> str:
 
 
 @torch.compiler.assume_constant_result
+def interpreting() -> bool:
+    """Whether Triton runs in its interpreter, which serves CPU tensors too; for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
 def missing(op: str, name: str) -> str:
     """Why this backend of the op cannot run here; empty when it can."""
     return _missing(op, name)
@@ -88,10 +97,10 @@ def missing(op: str, name: str) -> str:
 def _missing(op: str, name: str) -> str:
     if name == "reference":
         return ""
-    if name == "triton":
+    if name == "triton" and not _extension_missing:
         if importlib.util.find_spec(f"pyvseg.kernels.{op}") is None:
             return "no Triton kernel for this op"
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() and not interpreting():
             return "no GPU, or torch without CUDA"
         return "" if importlib.util.find_spec("triton") else "triton is not installed"
     reason = _extension_missing or (_cuda_library_missing() if name == "cuda" else "")
@@ -126,7 +135,7 @@ def choose(op: str, name: str, *tensors: Tensor, dtypes: tuple[torch.dtype, ...]
         _warn(op, device, slower)
         return "reference"
     if name != "reference":
-        if device != ("cpu" if name == "cpu" else "cuda"):
+        if device != ("cpu" if name == "cpu" else "cuda") and not (name == "triton" and interpreting()):
             raise ValueError(f"backend={name!r} cannot serve tensors on {device}")
         if not fits:
             raise TypeError(f"backend={name!r} takes {', '.join(map(str, dtypes))}, got {tensors[0].dtype}")
@@ -140,3 +149,65 @@ def report() -> list[tuple[str, str, bool, str]]:
     here = os.path.dirname(__file__)
     ops = [module.name for module in pkgutil.iter_modules([here]) if not module.name.startswith("_")]
     return [(op, name, not missing(op, name), missing(op, name)) for op in ops for name in BACKENDS]
+
+
+# What serves a choice of backend. Every library holds the same ops: same schema, fake and gradient.
+_libraries = {"cpu": "pyvseg", "cuda": "pyvseg", "triton": "pyvseg_triton"}
+_triton = torch.library.Library("pyvseg_triton", "DEF")  # noqa: TOR901
+_fakes: dict[str, Callable] = {}
+_gradients: dict[str, tuple[Callable, Callable]] = {}
+
+
+def kernels(choice: str):
+    """The library of the chosen backend: `kernels(choice).memory_read(...)` runs that backend's op."""
+    return getattr(torch.ops, _libraries[choice])
+
+
+def schema(op: str) -> str:
+    """As the compiled library declares it: "memory_read(Tensor memory_key, ...) -> (Tensor, Tensor, Tensor)"."""
+    return str(getattr(torch.ops.pyvseg, op).default._schema).removeprefix("pyvseg::")
+
+
+def register_fake(op: str) -> Callable[[Callable], Callable]:
+    """Decorates the fake of an op (the shapes, strides and dtypes of its results), as `torch.library.register_fake`.
+
+    It also declares the op to Triton, whose implementation is the function `op` of `pyvseg/kernels/<file of the fake>.py`.
+    """
+
+    def register(fake: Callable) -> Callable:
+        if not hasattr(torch.ops.pyvseg, op):
+            return fake  # not compiled: only the reference will run
+        _fakes[op] = fake
+        torch.library.register_fake(f"pyvseg::{op}", fake)
+        _triton.define(schema(op))
+        for key in ("CUDA", "CPU"):
+            _triton.impl(op, _triton_kernel(fake.__module__.rpartition(".")[2], op), key)
+        torch.library.register_fake(f"pyvseg_triton::{op}", fake)
+        return fake
+
+    return register
+
+
+def register_autograd(op: str, backward: Callable, *, setup_context: Callable) -> None:
+    """The gradient of an op, as `torch.library.register_autograd`; `ctx.kernels` is the library that ran the forward."""
+    if op in _fakes:
+        _gradients[op] = (backward, setup_context)
+        for library in ("pyvseg", "pyvseg_triton"):
+            _register_autograd(library, op)
+
+
+def _register_autograd(library: str, op: str) -> None:
+    backward, save = _gradients[op]
+
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.kernels = getattr(torch.ops, library)
+        save(ctx, inputs, output)
+
+    torch.library.register_autograd(f"{library}::{op}", backward, setup_context=setup_context)
+
+
+def _triton_kernel(module: str, op: str) -> Callable:
+    def run(*args):
+        return getattr(importlib.import_module(f"pyvseg.kernels.{module}"), op)(*args)
+
+    return run

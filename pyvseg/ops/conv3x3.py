@@ -93,7 +93,7 @@ def conv3x3(
     choice = _dispatch.choose("conv3x3", backend, *tensors, dtypes=(torch.float32,), slower="10 times")
     if choice == "reference" or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return reference(x, *weight, bias, residual, relu_input)
-    return torch.ops.pyvseg.conv3x3(x, *weight, bias, residual, relu_input)
+    return _dispatch.kernels(choice).conv3x3(x, *weight, bias, residual, relu_input)
 
 
 def reference(x: Tensor, tiles: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None, relu_input: bool) -> Tensor:
@@ -139,9 +139,7 @@ def _check(x: Tensor, weight: Conv3x3Weight, bias: Tensor | None, residual: Tens
         raise ValueError(f"residual must have the result's shape {expected}, got {tuple(residual.shape)}")
 
 
-if _dispatch.extension:
-
-    @torch.library.register_fake("pyvseg::conv3x3")
-    def _fake(x: Tensor, tiles: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None, relu_input: bool) -> Tensor:
-        shape = (x.shape[0], outputs, *x.shape[2:])
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+@_dispatch.register_fake("conv3x3")
+def _fake(x: Tensor, tiles: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None, relu_input: bool) -> Tensor:
+    shape = (x.shape[0], outputs, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ from pyvseg.ops import _dispatch
 
 __all__ = ["PackedMasks", "mask_iou", "mask_overlap", "pack_masks"]
 
-_PACKABLE = (torch.bool, torch.uint8, *_dispatch.DTYPES)
+_PACKABLE = (torch.bool, torch.uint8, torch.float32, torch.bfloat16)
 _SLOWER = "50 to 100 times"
 
 
@@ -38,7 +38,7 @@ def pack_masks(
         raise ValueError(f"masks must be (N, *S), got shape {tuple(masks.shape)}")
     flat = masks.detach().reshape(masks.shape[0], masks.shape[1:].numel())
     choice = _dispatch.choose("mask_iou", backend, flat, dtypes=_PACKABLE, slower=_SLOWER)
-    bits = reference_pack(flat) if choice == "reference" else torch.ops.pyvseg.pack_masks(flat)
+    bits = reference_pack(flat) if choice == "reference" else _dispatch.kernels(choice).pack_masks(flat)
     return PackedMasks(bits, flat.shape[1])
 
 
@@ -60,7 +60,7 @@ def mask_overlap(
     if a.bits.device != b.bits.device:
         raise ValueError(f"b is on {b.bits.device} but a on {a.bits.device}")
     choice = _dispatch.choose("mask_iou", backend, a.bits, b.bits, dtypes=(torch.int64,), slower=_SLOWER)
-    overlap = reference_overlap if choice == "reference" else torch.ops.pyvseg.mask_iou
+    overlap = reference_overlap if choice == "reference" else _dispatch.kernels(choice).mask_iou
     return overlap(a.bits, b.bits)
 
 
@@ -131,13 +131,12 @@ def _unpack(bits: Tensor) -> Tensor:
     return ((octets >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1).flatten(1)
 
 
-if _dispatch.extension:
+@_dispatch.register_fake("pack_masks")
+def _fake_pack(masks: Tensor) -> Tensor:
+    return masks.new_empty(masks.shape[0], (masks.shape[1] + 63) // 64, dtype=torch.int64)
 
-    @torch.library.register_fake("pyvseg::pack_masks")
-    def _fake_pack(masks: Tensor) -> Tensor:
-        return masks.new_empty(masks.shape[0], (masks.shape[1] + 63) // 64, dtype=torch.int64)
 
-    @torch.library.register_fake("pyvseg::mask_iou")
-    def _fake_overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        N, M = a.shape[0], b.shape[0]
-        return a.new_empty(N, M), a.new_empty(N), a.new_empty(M)
+@_dispatch.register_fake("mask_iou")
+def _fake_overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    N, M = a.shape[0], b.shape[0]
+    return a.new_empty(N, M), a.new_empty(N), a.new_empty(M)

@@ -11,6 +11,7 @@ from pyvseg.ops import _dispatch
 
 __all__ = ["memory_read"]
 
+_DTYPES = (torch.float32, torch.bfloat16)
 _AFFINITY_FLOATS = 1 << 22  # of one chunk of queries in the PyTorch forms; bounds their memory
 
 
@@ -43,10 +44,10 @@ def memory_read(
     if top_k is None:
         return _full_read(memory_key, memory_value, query_key)
     top_k = min(top_k, N)
-    choice = _dispatch.choose("memory_read", backend, memory_key, memory_value, query_key, slower="20 to 50 times")
+    choice = _dispatch.choose("memory_read", backend, memory_key, memory_value, query_key, dtypes=_DTYPES, slower="20 to 50 times")
     if choice == "reference":
         return reference(memory_key, memory_value, query_key, top_k)
-    return torch.ops.pyvseg.memory_read(memory_key, memory_value, query_key, top_k)[0]
+    return _dispatch.kernels(choice).memory_read(memory_key, memory_value, query_key, top_k)[0]
 
 
 def similarity(memory_key: Tensor, query_key: Tensor) -> Tensor:
@@ -116,28 +117,32 @@ def _check(memory_key: Tensor, memory_value: Tensor, query_key: Tensor, top_k: i
         raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}")
 
 
-if _dispatch.extension:
+@_dispatch.register_fake("memory_read")
+def _fake(memory_key: Tensor, memory_value: Tensor, query_key: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, O, _, CV = memory_value.shape
+    M = query_key.shape[1]
+    kept = (B, M, top_k)
+    return (
+        memory_value.new_empty(B, O, M, CV),
+        memory_value.new_empty(kept, dtype=torch.int32),
+        memory_value.new_empty(kept, dtype=torch.float32),
+    )
 
-    @torch.library.register_fake("pyvseg::memory_read")
-    def _fake(memory_key: Tensor, memory_value: Tensor, query_key: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-        B, O, _, CV = memory_value.shape
-        M = query_key.shape[1]
-        kept = (B, M, top_k)
-        return (
-            memory_value.new_empty(B, O, M, CV),
-            memory_value.new_empty(kept, dtype=torch.int32),
-            memory_value.new_empty(kept, dtype=torch.float32),
-        )
 
-    @torch.library.register_fake("pyvseg::memory_read_backward")
-    def _fake_backward(grad: Tensor, memory_key: Tensor, memory_value: Tensor, query_key: Tensor, index: Tensor, weight: Tensor):
-        return tuple(t.new_empty(t.shape) for t in (memory_key, memory_value, query_key))
+@_dispatch.register_fake("memory_read_backward")
+def _fake_backward(
+    grad: Tensor, memory_key: Tensor, memory_value: Tensor, query_key: Tensor, index: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(t.new_empty(t.shape) for t in (memory_key, memory_value, query_key))
 
-    def _save(ctx, inputs, output) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*inputs[:3], *output[1:])
 
-    def _backward(ctx, grad, _index, _weight):
-        return *torch.ops.pyvseg.memory_read_backward(grad, *ctx.saved_tensors), None
+def _save(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:3], *output[1:])
 
-    torch.library.register_autograd("pyvseg::memory_read", _backward, setup_context=_save)
+
+def _backward(ctx, grad, _index, _weight):
+    return *ctx.kernels.memory_read_backward(grad, *ctx.saved_tensors), None
+
+
+_dispatch.register_autograd("memory_read", _backward, setup_context=_save)

@@ -47,7 +47,7 @@ def ms_deform_attn(
     choice = _dispatch.choose("ms_deform_attn", backend, value, locations, weights, slower=_SLOWER)
     if choice == "reference":
         return reference(value, shapes, locations, weights)
-    return torch.ops.pyvseg.ms_deform_attn(value, _flat(shapes), locations, weights)
+    return _dispatch.kernels(choice).ms_deform_attn(value, _flat(shapes), locations, weights)
 
 
 def ms_deform_attn_fused(
@@ -73,7 +73,7 @@ def ms_deform_attn_fused(
     choice = _dispatch.choose("ms_deform_attn", backend, value, points, offsets, logits, slower=_SLOWER)
     if choice == "reference":
         return reference_fused(value, shapes, points, offsets, logits)
-    return torch.ops.pyvseg.ms_deform_attn_fused(value, _flat(shapes), points, offsets, logits)
+    return _dispatch.kernels(choice).ms_deform_attn_fused(value, _flat(shapes), points, offsets, logits)
 
 
 def reference(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
@@ -171,29 +171,31 @@ def _check(value: Tensor, shapes: list[tuple[int, int]], **geometry: Tensor) -> 
             raise ValueError(f"{name} must be (B={B}, Q={Q}, H={H}, L={L}, P={P}, 2), got shape {tuple(tensor.shape)}")
 
 
-if _dispatch.extension:
+def _fake(value: Tensor, shapes: list[int], *geometry: Tensor) -> Tensor:
+    B, _, H, D = value.shape
+    return value.new_empty(B, geometry[0].shape[1], H * D)
 
-    def _fake(value: Tensor, shapes: list[int], *geometry: Tensor) -> Tensor:
-        B, _, H, D = value.shape
-        return value.new_empty(B, geometry[0].shape[1], H * D)
 
-    def _fake_backward(grad: Tensor, value: Tensor, shapes: list[int], *geometry: Tensor, deterministic: bool) -> tuple[Tensor, ...]:
-        return tuple(t.new_empty(t.shape) for t in (value, *geometry))
+def _fake_backward(grad: Tensor, value: Tensor, shapes: list[int], *geometry_and_deterministic) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (value, *geometry_and_deterministic[:-1]))
 
-    def _register(op: str) -> None:
-        def save(ctx, inputs, output) -> None:
-            value, ctx.shapes, *geometry = inputs
-            ctx.save_for_backward(value, *geometry)
 
-        def backward(ctx, grad: Tensor):
-            value, *geometry = ctx.saved_tensors
-            deterministic = torch.are_deterministic_algorithms_enabled()
-            grads = getattr(torch.ops.pyvseg, f"{op}_backward")(grad, value, ctx.shapes, *geometry, deterministic)
-            return grads[0], None, *grads[1:]
+def _save(ctx, inputs, output) -> None:
+    value, ctx.shapes, *geometry = inputs
+    ctx.save_for_backward(value, *geometry)
 
-        torch.library.register_fake(f"pyvseg::{op}", _fake)
-        torch.library.register_fake(f"pyvseg::{op}_backward", lambda *args: _fake_backward(*args[:-1], deterministic=args[-1]))
-        torch.library.register_autograd(f"pyvseg::{op}", backward, setup_context=save)
 
-    for _op in ("ms_deform_attn", "ms_deform_attn_fused"):
-        _register(_op)
+def _register(op: str) -> None:
+    def backward(ctx, grad: Tensor):
+        value, *geometry = ctx.saved_tensors
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        grads = getattr(ctx.kernels, f"{op}_backward")(grad, value, ctx.shapes, *geometry, deterministic)
+        return grads[0], None, *grads[1:]
+
+    _dispatch.register_fake(op)(_fake)
+    _dispatch.register_fake(f"{op}_backward")(_fake_backward)
+    _dispatch.register_autograd(op, backward, setup_context=_save)
+
+
+for _op in ("ms_deform_attn", "ms_deform_attn_fused"):
+    _register(_op)
