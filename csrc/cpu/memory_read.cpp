@@ -13,13 +13,13 @@ struct Readout {
   const void* value;         // of one object: N rows of CV
   void* out;                 // of one object: M rows of CV, contiguous
   int64_t value_stride, CV, top_k;
-  bool bf16;
+  Number type;
   const int32_t* index;
   const float* weight;
 };
 
 struct Kernels {
-  int64_t (*steps)(int64_t CK, bool bf16);
+  int64_t (*steps)(int64_t CK, Number type);
   void (*prepare)(const Search&, int64_t begin, int64_t end);
   int64_t (*scratch_bytes)(const Search&);
   void (*search)(const Search&, int64_t block, void* scratch);
@@ -36,7 +36,7 @@ constexpr float kLongest = 1e18f;
 // pair carries what rounding hides: |mk.qk - bf(mk).bf(qk)| <= |mk - bf(mk)| |qk| + |bf(mk)| |qk - bf(qk)|, so that the
 // sum is an upper bound of the product. Returns the key's length, rounded up.
 #if defined(__AVX512BF16__)
-int64_t steps(int64_t CK, bool bf16) { return (CK + 1) / 2 + (bf16 ? 0 : 1); }
+int64_t steps(int64_t CK, Number type) { return (CK + 1) / 2 + (type == Number::kBfloat16 ? 0 : 1); }
 
 PYVSEG_INLINE uint32_t rounded_up(float x) {
   uint32_t u;
@@ -48,7 +48,8 @@ PYVSEG_INLINE void encode_row(const bfloat16* key, int64_t CK, uint32_t* out, fl
   out[(CK - 1) / 2] = 0;
   __builtin_memcpy(out, key, size_t(CK) * 2);
 }
-PYVSEG_INLINE void encode_row(const float* key, int64_t CK, uint32_t* out, float length, bool is_query) {
+template <typename Key>
+PYVSEG_INLINE void encode_row(const Key* key, int64_t CK, uint32_t* out, float length, bool is_query) {
   out[(CK - 1) / 2] = 0;
   bfloat16* halves = (bfloat16*)out;
   vfloat lost2{};
@@ -61,31 +62,30 @@ PYVSEG_INLINE void encode_row(const float* key, int64_t CK, uint32_t* out, float
   }
   float total = sum(lost2);
   for (; i < CK; ++i) {
-    store1(halves + i, key[i]);
-    const float lost = key[i] - load1(halves + i);
+    const float x = load1(key + i);
+    store1(halves + i, x);
+    const float lost = x - load1(halves + i);
     total += lost * lost;
   }
   const uint32_t lost = rounded_up(__builtin_sqrtf(total) * 1.0001f), all = rounded_up(length * 1.01f);
   out[(CK + 1) / 2] = is_query ? all | lost << 16 : lost | all << 16;
 }
 #else
-int64_t steps(int64_t CK, bool) { return CK; }
+int64_t steps(int64_t CK, Number) { return CK; }
 
-PYVSEG_INLINE void encode_row(const bfloat16* key, int64_t CK, uint32_t* out, float, bool) {
-  for (int64_t i = 0; i < CK; ++i) out[i] = uint32_t(key[i].bits) << 16;
-}
-PYVSEG_INLINE void encode_row(const float* key, int64_t CK, uint32_t* out, float, bool) {
-  __builtin_memcpy(out, key, size_t(CK) * 4);
+template <typename Key>
+PYVSEG_INLINE void encode_row(const Key* key, int64_t CK, uint32_t* out, float, bool) {
+  for (int64_t i = 0; i < CK; ++i) store1((float*)out + i, load1(key + i));
 }
 #endif
 
 template <typename Key>
-float encode(const Key* key, int64_t CK, uint32_t* out, float norm2, bool is_query) {
+float encode(const Key* key, Number type, int64_t CK, uint32_t* out, float norm2, bool is_query) {
   const float length = __builtin_sqrtf(norm2) * 1.0001f + 1e-18f;  // the constant covers what underflows
   if (length < kLongest)
     encode_row(key, CK, out, length, is_query);
   else
-    __builtin_memset(out, 0, size_t(steps(CK, sizeof(Key) == 2)) * 4);
+    __builtin_memset(out, 0, size_t(steps(CK, type)) * 4);
   return length;
 }
 
@@ -93,14 +93,14 @@ template <typename Key>
 void prepare_keys(const Search& s, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     const Key* key = (const Key*)s.memory + n * s.memory_stride;
-    const float norm2 = dot(key, key, s.CK), length = encode(key, s.CK, s.prepared + n * s.steps, norm2, false);
-    s.half_norm[n] = 0.5f * norm2;
+    const float norm2 = dot(key, key, s.CK), length = encode(key, s.type, s.CK, s.prepared + n * s.steps, norm2, false);
+    s.half_norm[n] = s.dot ? 0.0f : 0.5f * norm2;
     // 2^-22 per term covers the rounding of the sweep's sum and of the score's.
     s.slack[n] = length < kLongest ? length * float(s.CK + 8) * 0x1p-22f : kInfinity;
   }
 }
 void prepare(const Search& s, int64_t begin, int64_t end) {
-  s.bf16 ? prepare_keys<bfloat16>(s, begin, end) : prepare_keys<float>(s, begin, end);
+  with_number(s.type, [&](auto key) { prepare_keys<decltype(key)>(s, begin, end); });
 }
 
 PYVSEG_INLINE int64_t triples(const Search& s) { return round_up(s.N < kSegment ? s.N : kSegment, kRows) / kTriple; }
@@ -131,7 +131,7 @@ void search_block(const Search& s, int64_t first, void* scratch) {
     block.wild[q] = false;
     if (q >= live) continue;
     const Key* query = (const Key*)s.query + (first + q) * s.query_stride;
-    const float length = encode(query, s.CK, row, dot(query, query, s.CK), true);
+    const float length = encode(query, s.type, s.CK, row, dot(query, query, s.CK), true);
     block.wild[q] = !(length < kLongest);
     if (!block.wild[q] && length > block.longest) block.longest = length;
     uint32_t* lane = block.queries + q / kGroup * s.steps * kGroup + q % kGroup;
@@ -141,7 +141,7 @@ void search_block(const Search& s, int64_t first, void* scratch) {
   for (int64_t q = 0; q < live; ++q) softmax(s, block, q, first + q);
 }
 void search(const Search& s, int64_t block, void* scratch) {
-  s.bf16 ? search_block<bfloat16>(s, block * kQueries, scratch) : search_block<float>(s, block * kQueries, scratch);
+  with_number(s.type, [&](auto key) { search_block<decltype(key)>(s, block * kQueries, scratch); });
 }
 
 // out[m, channel...] = sum over rank of weight * value[index]: T vectors of channels at a time, later rows prefetched.
@@ -183,7 +183,7 @@ void readout_rows(const Readout& r, int64_t channel, int64_t channels, int64_t b
   }
 }
 void readout(const Readout& r, int64_t channel, int64_t channels, int64_t begin, int64_t end) {
-  r.bf16 ? readout_rows<bfloat16>(r, channel, channels, begin, end) : readout_rows<float>(r, channel, channels, begin, end);
+  with_number(r.type, [&](auto value) { readout_rows<decltype(value)>(r, channel, channels, begin, end); });
 }
 
 }  // namespace
@@ -203,21 +203,22 @@ namespace {
 // The chunk of value channels that is gathered at a time: N rows of it stay in the last-level cache.
 constexpr int64_t kCacheBytes = 16 << 20;
 
-const char* at(const Tensor& t, bool bf16, int64_t i, int64_t j = 0) {
+const char* at(const Tensor& t, int64_t i, int64_t j = 0) {
   const int64_t offset = i * t.stride(0) + (t.dim() > 3 ? j * t.stride(1) : 0);
-  return static_cast<const char*>(t.const_data_ptr()) + offset * (bf16 ? 2 : 4);
+  return static_cast<const char*>(t.const_data_ptr()) + offset * bytes_of(number_of(t));
 }
 
 // memory_key (B, N, CK), memory_value (B, O, N, CV), query_key (B, M, CK)
 //   -> readout (B, O, M, CV), index (B, M, top_k) int32, weight (B, M, top_k) float32
-std::tuple<Tensor, Tensor, Tensor> memory_read(const Tensor& key, const Tensor& value, const Tensor& query, int64_t top_k) {
+std::tuple<Tensor, Tensor, Tensor> memory_read(const Tensor& key, const Tensor& value, const Tensor& query, int64_t top_k,
+                                               bool dot) {
   STD_TORCH_CHECK(key.dim() == 3 && query.dim() == 3 && value.dim() == 4, "memory_read: wrong number of dimensions");
   const int64_t B = key.size(0), N = key.size(1), CK = key.size(2), M = query.size(1), O = value.size(1), CV = value.size(3);
   STD_TORCH_CHECK(query.size(0) == B && query.size(2) == CK && value.size(0) == B && value.size(2) == N,
                   "memory_read: shapes do not agree");
   STD_TORCH_CHECK(top_k >= 1 && top_k <= N && N < INT32_MAX, "memory_read: top_k must be in 1..N");
-  const bool key_bf16 = is_bf16(key), value_bf16 = is_bf16(value);
-  STD_TORCH_CHECK(is_bf16(query) == key_bf16, "memory_read: keys must have one dtype");
+  const Number type = number_of(key), value_type = number_of(value);
+  STD_TORCH_CHECK(number_of(query) == type, "memory_read: keys must have one dtype");
 
   const Tensor keys = rows_contiguous(key), queries = rows_contiguous(query), values = rows_contiguous(value);
   Tensor out = torch::stable::new_empty(value, {B, O, M, CV});
@@ -225,13 +226,13 @@ std::tuple<Tensor, Tensor, Tensor> memory_read(const Tensor& key, const Tensor& 
   Tensor weight = torch::stable::new_empty(value, {B, M, top_k}, ScalarType::Float);
   const Kernels& kernel = kernels();
 
-  const int64_t steps = kernel.steps(CK, key_bf16);
+  const int64_t steps = kernel.steps(CK, type);
   std::vector<float> half_norms(B * N), slacks(B * N);
   const std::unique_ptr<uint32_t[]> prepared(new uint32_t[B * N * steps]);
   std::vector<Search> searches;
   for (int64_t b = 0; b < B; ++b)
-    searches.push_back({at(keys, key_bf16, b), at(queries, key_bf16, b), keys.stride(1), queries.stride(1), N, M, CK, top_k,
-                        key_bf16, half_norms.data() + b * N, slacks.data() + b * N, prepared.get() + b * N * steps, steps,
+    searches.push_back({at(keys, b), at(queries, b), keys.stride(1), queries.stride(1), N, M, CK, top_k, type, dot,
+                        half_norms.data() + b * N, slacks.data() + b * N, prepared.get() + b * N * steps, steps,
                         index.mutable_data_ptr<int32_t>() + b * M * top_k, weight.mutable_data_ptr<float>() + b * M * top_k});
   for (const Search& search : searches)
     parallel_for(0, N, 512, [&](int64_t begin, int64_t end) { kernel.prepare(search, begin, end); });
@@ -242,13 +243,13 @@ std::tuple<Tensor, Tensor, Tensor> memory_read(const Tensor& key, const Tensor& 
     for (int64_t i = begin; i < end; ++i) kernel.search(searches[i / blocks], i % blocks, scratch.get());
   });
 
-  const int64_t value_bytes = value_bf16 ? 2 : 4;
+  const int64_t value_bytes = bytes_of(value_type);
   const int64_t chunk = std::max<int64_t>(kCacheBytes / (N * value_bytes) / 64 * 64, 64);
   for (int64_t b = 0; b < B; ++b)
     for (int64_t o = 0; o < O; ++o) {
-      const Readout readout{at(values, value_bf16, b, o),
+      const Readout readout{at(values, b, o),
                             static_cast<char*>(out.mutable_data_ptr()) + (b * O + o) * M * CV * value_bytes,
-                            values.stride(2), CV, top_k, value_bf16, searches[b].index, searches[b].weight};
+                            values.stride(2), CV, top_k, value_type, searches[b].index, searches[b].weight};
       for (int64_t c = 0; c < CV; c += chunk)
         parallel_for(0, M, 16, [&](int64_t begin, int64_t end) {
           kernel.readout(readout, c, std::min(chunk, CV - c), begin, end);
@@ -260,7 +261,9 @@ std::tuple<Tensor, Tensor, Tensor> memory_read(const Tensor& key, const Tensor& 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyvseg, m) {
-  m.def("memory_read(Tensor memory_key, Tensor memory_value, Tensor query_key, int top_k) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "memory_read(Tensor memory_key, Tensor memory_value, Tensor query_key, int top_k, bool dot=False)"
+      " -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(pyvseg, CPU, m) { m.impl("memory_read", TORCH_BOX(&memory_read)); }
 #endif

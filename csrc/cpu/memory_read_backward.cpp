@@ -12,7 +12,8 @@ struct Keys {
   const void* memory;        // N rows of CK keys
   const void* query;         // M rows of CK keys
   int64_t memory_stride, query_stride, CK, top_k;
-  bool bf16;
+  Number type;
+  bool dot;                  // score <mk, qk> instead of (2 <mk, qk> - |mk|^2) / sqrt(CK)
   void* grad_memory;         // (N, CK) contiguous
   void* grad_query;          // (M, CK) contiguous
 };
@@ -22,7 +23,7 @@ struct Values {
   const void* grad;          // of one object: M rows of CV, contiguous
   void* grad_value;          // of one object: N rows of CV, contiguous
   int64_t value_stride, CV, top_k;
-  bool bf16;
+  Number type;
 };
 
 struct Links {
@@ -50,13 +51,13 @@ void weight_grad_rows(const Values& v, const Links& l, int64_t begin, int64_t en
       l.score_grad[j] += dot((const Value*)v.grad + m * v.CV, (const Value*)v.value + l.index[j] * v.value_stride, v.CV);
 }
 void add_weight_grad(const Values& v, const Links& l, int64_t begin, int64_t end) {
-  v.bf16 ? weight_grad_rows<bfloat16>(v, l, begin, end) : weight_grad_rows<float>(v, l, begin, end);
+  with_number(v.type, [&](auto number) { weight_grad_rows<decltype(number)>(v, l, begin, end); });
 }
 
 // Turns score_grad from gradients of the weights into those of <mk, qk> - |mk|^2 / 2, then sums them for the query keys.
 template <typename Key>
 void query_grad_rows(const Keys& s, const Links& l, float* row, int64_t begin, int64_t end) {
-  const float scale = 2.0f / __builtin_sqrtf(float(s.CK));
+  const float scale = s.dot ? 1.0f : 2.0f / __builtin_sqrtf(float(s.CK));
   for (int64_t m = begin; m < end; ++m) {
     const float mean = dot(l.weight + m * s.top_k, l.score_grad + m * s.top_k, s.top_k);
     __builtin_memset(row, 0, size_t(s.CK) * 4);
@@ -68,7 +69,7 @@ void query_grad_rows(const Keys& s, const Links& l, float* row, int64_t begin, i
   }
 }
 void query_grad(const Keys& s, const Links& l, float* row, int64_t begin, int64_t end) {
-  s.bf16 ? query_grad_rows<bfloat16>(s, l, row, begin, end) : query_grad_rows<float>(s, l, row, begin, end);
+  with_number(s.type, [&](auto number) { query_grad_rows<decltype(number)>(s, l, row, begin, end); });
 }
 
 template <typename Key>
@@ -81,12 +82,12 @@ void memory_grad_rows(const Keys& s, const Links& l, float* row, int64_t begin, 
       axpy(row, grad, (const Key*)s.query + l.entry[e] / s.top_k * s.query_stride, s.CK);
       total += grad;
     }
-    if (l.start[n] < l.start[n + 1]) axpy(row, -total, (const Key*)s.memory + n * s.memory_stride, s.CK);
+    if (!s.dot && l.start[n] < l.start[n + 1]) axpy(row, -total, (const Key*)s.memory + n * s.memory_stride, s.CK);
     copy_rounded((Key*)s.grad_memory + n * s.CK, row, s.CK);
   }
 }
 void memory_grad(const Keys& s, const Links& l, float* row, int64_t begin, int64_t end) {
-  s.bf16 ? memory_grad_rows<bfloat16>(s, l, row, begin, end) : memory_grad_rows<float>(s, l, row, begin, end);
+  with_number(s.type, [&](auto number) { memory_grad_rows<decltype(number)>(s, l, row, begin, end); });
 }
 
 template <typename Value>
@@ -99,7 +100,7 @@ void value_grad_rows(const Values& v, const Links& l, float* row, int64_t begin,
   }
 }
 void value_grad(const Values& v, const Links& l, float* row, int64_t begin, int64_t end) {
-  v.bf16 ? value_grad_rows<bfloat16>(v, l, row, begin, end) : value_grad_rows<float>(v, l, row, begin, end);
+  with_number(v.type, [&](auto number) { value_grad_rows<decltype(number)>(v, l, row, begin, end); });
 }
 
 }  // namespace
@@ -138,17 +139,18 @@ void parallel_rows(int64_t rows, int64_t width, const Body& body) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> memory_read_backward(const Tensor& grad, const Tensor& key, const Tensor& value,
-                                                        const Tensor& query, const Tensor& index, const Tensor& weight) {
+                                                        const Tensor& query, const Tensor& index, const Tensor& weight,
+                                                        bool dot) {
   STD_TORCH_CHECK(key.dim() == 3 && query.dim() == 3 && value.dim() == 4 && grad.dim() == 4 && index.dim() == 3,
                   "memory_read_backward: wrong number of dimensions");
   const int64_t B = key.size(0), N = key.size(1), CK = key.size(2), M = query.size(1), O = value.size(1), CV = value.size(3);
   const int64_t k = index.size(2), entries = M * k;
-  const bool key_bf16 = is_bf16(key), value_bf16 = is_bf16(value);
+  const Number type = number_of(key), value_type = number_of(value);
   STD_TORCH_CHECK(query.size(0) == B && query.size(2) == CK && value.size(0) == B && value.size(2) == N &&
                       grad.numel() == B * O * M * CV && grad.size(2) == M && index.numel() == B * entries &&
                       weight.numel() == B * entries && entries < INT32_MAX,
                   "memory_read_backward: shapes do not agree");
-  STD_TORCH_CHECK(is_bf16(query) == key_bf16 && is_bf16(grad) == value_bf16 && index.scalar_type() == ScalarType::Int &&
+  STD_TORCH_CHECK(number_of(query) == type && number_of(grad) == value_type && index.scalar_type() == ScalarType::Int &&
                       weight.scalar_type() == ScalarType::Float,
                   "memory_read_backward: dtypes do not agree");
   const Tensor keys = rows_contiguous(key), queries = rows_contiguous(query), values = rows_contiguous(value);
@@ -159,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> memory_read_backward(const Tensor& grad, cons
   Tensor grad_query = torch::stable::new_empty(query, {B, M, CK});
 
   const Kernels& kernel = kernels();
-  const int64_t key_bytes = key_bf16 ? 2 : 4, value_bytes = value_bf16 ? 2 : 4;
+  const int64_t key_bytes = bytes_of(type), value_bytes = bytes_of(value_type);
   const auto in = [](const Tensor& t, int64_t offset) { return static_cast<const char*>(t.const_data_ptr()) + offset; };
   const auto out = [](const Tensor& t, int64_t offset) { return static_cast<char*>(t.mutable_data_ptr()) + offset; };
   std::vector<int64_t> start;
@@ -173,12 +175,12 @@ std::tuple<Tensor, Tensor, Tensor> memory_read_backward(const Tensor& grad, cons
     for (int64_t o = 0; o < O; ++o) {
       const Values v{in(values, (b * values.stride(0) + o * values.stride(1)) * value_bytes),
                      in(grads, (b * O + o) * M * CV * value_bytes), out(grad_value, (b * O + o) * N * CV * value_bytes),
-                     values.stride(2), CV, k, value_bf16};
+                     values.stride(2), CV, k, value_type};
       parallel_rows(M, 0, [&](float*, int64_t i, int64_t j) { kernel.add_weight_grad(v, links, i, j); });
       parallel_rows(N, CV, [&](float* row, int64_t i, int64_t j) { kernel.value_grad(v, links, row, i, j); });
     }
     const Keys s{in(keys, b * keys.stride(0) * key_bytes), in(queries, b * queries.stride(0) * key_bytes), keys.stride(1),
-                 queries.stride(1), CK, k, key_bf16, out(grad_key, b * N * CK * key_bytes),
+                 queries.stride(1), CK, k, type, dot, out(grad_key, b * N * CK * key_bytes),
                  out(grad_query, b * M * CK * key_bytes)};
     parallel_rows(M, CK, [&](float* row, int64_t i, int64_t j) { kernel.query_grad(s, links, row, i, j); });
     parallel_rows(N, CK, [&](float* row, int64_t i, int64_t j) { kernel.memory_grad(s, links, row, i, j); });
@@ -190,8 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> memory_read_backward(const Tensor& grad, cons
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyvseg, m) {
   m.def(
-      "memory_read_backward(Tensor grad, Tensor memory_key, Tensor memory_value, Tensor query_key, Tensor index, Tensor weight)"
-      " -> (Tensor, Tensor, Tensor)");
+      "memory_read_backward(Tensor grad, Tensor memory_key, Tensor memory_value, Tensor query_key, Tensor index, Tensor weight,"
+      " bool dot=False) -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(pyvseg, CPU, m) { m.impl("memory_read_backward", TORCH_BOX(&memory_read_backward)); }
 #endif

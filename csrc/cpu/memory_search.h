@@ -16,8 +16,9 @@ struct Search {
   const void* query;        // M rows of CK keys
   int64_t memory_stride, query_stride, N, M;
   int64_t CK, top_k;
-  bool bf16;                // dtype of both keys
-  float* half_norm;         // (N) |memory|^2 / 2
+  Number type;              // of both keys
+  bool dot;                 // score <mk, qk> instead of (2 <mk, qk> - |mk|^2) / sqrt(CK)
+  float* half_norm;         // (N) |memory|^2 / 2, or zeros
   float* slack;             // (N) rounding error of a score per unit of query length; infinite: score the row in any case
   uint32_t* prepared;       // (N, steps) keys in the form that the sweep wants them
   int64_t steps;
@@ -162,7 +163,8 @@ void sweep(const Search& s, const Block& block, int64_t live, int64_t begin, int
     for (int64_t r = 0; r < kRows; ++r) {  // past the end, the last row again
       const int64_t row = n + r < end ? n + r : end - 1;
       rows[r] = s.prepared + row * s.steps;
-      offset[r] = s.slack[row] < kInfinity ? s.half_norm[row] - s.slack[row] * block.longest : -kInfinity;
+      // The factor keeps the slack from drowning in the rounding of a norm that is far larger.
+      offset[r] = s.slack[row] < kInfinity ? s.half_norm[row] * (1 - 0x1p-23f) - s.slack[row] * block.longest : -kInfinity;
     }
     float* bounds = block.bounds + (n - begin) / kTriple * kQueries;
     for (int64_t group = 0; group * kGroup < live; ++group)
@@ -261,7 +263,7 @@ void softmax(const Search& s, const Block& block, int64_t q, int64_t m) {
   float* weights = (float*)scores;
   int32_t best = INT32_MIN;
   for (int64_t i = 0; i < k; ++i) best = scores[i] > best ? scores[i] : best;
-  const float largest = unordered(best), scale = 2.0f / __builtin_sqrtf(float(s.CK));
+  const float largest = unordered(best), scale = s.dot ? 1.0f : 2.0f / __builtin_sqrtf(float(s.CK));
   for (int64_t i = 0; i < k; ++i) weights[i] = (unordered(scores[i]) - largest) * scale;
   for (int64_t i = k; i < padded; ++i) weights[i] = -kInfinity;
   vfloat total{};

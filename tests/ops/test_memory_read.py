@@ -16,7 +16,7 @@ from tests.conftest import shared
 from tests.ops.numerics import assert_as_exact
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:pyvseg")
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [  # B, N, M, O, CK, CV, top_k
     (1, 500, 130, 2, 64, 512, 20),
     (2, 97, 65, 3, 33, 70, 7),
@@ -74,8 +74,8 @@ def test_reference_is_the_definition(dtype):
     weight = torch.zeros_like(S).scatter(1, index, best.softmax(1))
     exact = torch.einsum("bonc,bnm->bomc", value, weight)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    assert (reference(*args, 6).double() - exact).abs().max() < tolerance
-    assert (reference(key, value, query, 6) - exact).abs().max() < 1e-12
+    assert (reference(*args, 6)[0].double() - exact).abs().max() < tolerance
+    assert (reference(key, value, query, 6)[0] - exact).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,17 +111,25 @@ def test_any_shape(data):
     assert_as_exact(memory_read(*args, top_k=k), read_of(*args, index), read_of(*exact, index))
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e-3, 30.0, 1e4])
-def test_selection_is_exact_at_any_scale(isa, scale):
+@pytest.mark.parametrize("scale, query_scale", [(1e-20, 1e-20), (1e-3, 1e-3), (30.0, 30.0), (1e4, 1e4), (1e3, 1e-3), (1e-3, 1e3)])
+def test_selection_is_exact_at_any_scale(isa, scale, query_scale):
     """bfloat16 pre-selection must never lose a position: float32 scores of clustered keys decide far below its precision."""
     base = torch.randn(1, 1, 64)
     key = (base + 1e-3 * torch.randn(1, 3000, 64)) * scale
-    query = (base + 1e-3 * torch.randn(1, 64, 64)) * scale
+    query = (base + 1e-3 * torch.randn(1, 64, 64)) * query_scale
     index = kept(key, torch.zeros(1, 1, 3000, 1), query, 20)
     S = similarity(key.double(), query.double())
     exact, chosen = S.topk(20).values, S.gather(-1, index).sort(-1, descending=True).values
     # float32 rounding of a sum of 64 products of this size
     assert (exact - chosen).abs().max() <= 64 * 2.0**-24 * S.abs().max().item() + 1e-37
+
+
+def test_selection_in_half_precision_is_exact(isa):
+    """float16 has more digits than the bfloat16 of the pre-selection."""
+    key, query = (1 + 1e-2 * torch.randn(1, n, 64).half() for n in (3000, 64))
+    S = similarity(key.double(), query.double())
+    chosen = S.gather(-1, kept(key, torch.zeros(1, 1, 3000, 1), query, 20)).sort(-1, descending=True).values
+    assert (S.topk(20).values - chosen).abs().max() <= 64 * 2.0**-24 * S.abs().max().item()
 
 
 def test_equal_scores_keep_the_earlier_position(isa):
@@ -254,7 +262,7 @@ BAD = {
     r"memory_value must be \(B=1, O, N=9, CV\)": (ValueError, dict(memory_value=torch.zeros(1, 2, 8, 6))),
     r"query_key must be \(B=1, M, CK=8\)": (ValueError, dict(query_key=torch.zeros(1, 4, 7))),
     "query_key must have memory_key's dtype": (TypeError, dict(query_key=torch.zeros(1, 4, 8, dtype=torch.bfloat16))),
-    "memory_key must be float32 or bfloat16": (TypeError, dict(memory_key=torch.zeros(1, 9, 8, dtype=torch.int32))),
+    "memory_key must be float32, bfloat16 or float16": (TypeError, dict(memory_key=torch.zeros(1, 9, 8, dtype=torch.int32))),
     "memory_value must be a tensor": (TypeError, dict(memory_value=[1])),
     "top_k must be a positive integer or None, got 0": (ValueError, dict(top_k=0)),
     "top_k must be a positive integer or None, got 2.5": (ValueError, dict(top_k=2.5)),

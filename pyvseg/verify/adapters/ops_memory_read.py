@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyvseg.ops import memory_read
-from pyvseg.verify.adapters.not_covered import NotCovered
+from pyvseg.ops.memory_read import similarity
 from pyvseg.verify.compare import Rule
 
 NEGLIGIBLE = 1e-7  # top-k weights below this need not stand in the stored order
@@ -24,8 +24,7 @@ def run(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np.nda
         yield from _affinity(tag, keys, queries, config["top_k"])
         yield from _readout(tag, ("readout", "topk_grad"), keys, values, queries, grad, config["top_k"], inputs)
         yield from _readout(tag, ("full_readout", "full_grad"), keys, values, queries, grad, None, inputs)
-    for name in ("similarity", "readout", "usage"):
-        yield f"out/aniso/{name}", NotCovered("the read has no shrinkage and selection terms yet")
+    yield from _anisotropic(inputs)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -41,6 +40,16 @@ def _affinity(tag: str, keys: Tensor, queries: Tensor, top_k: int) -> Iterator[t
     weight, index = weight[:, :top_k].T.numpy(), index[:, :top_k].T.numpy()
     yield f"out/{tag}/topk_weight", weight
     yield f"out/{tag}/topk_index", index, Rule(where=weight >= NEGLIGIBLE)
+
+
+def _anisotropic(inputs: dict[str, np.ndarray]) -> Iterator[tuple]:
+    parts = {name: torch.from_numpy(inputs[f"in/aniso/{name}"]).float() for name in ("mk", "mv", "ms", "qk", "qe")}
+    keys, values, shrinkage, queries, selection = (_rows(part) for part in parts.values())
+    terms = {"shrinkage": shrinkage[..., 0], "selection": selection}
+    yield "out/aniso/similarity", similarity(keys, queries, **terms).mT.numpy()
+    readout, usage = memory_read(keys, values[None], queries, 30, **terms, return_usage=True)
+    yield "out/aniso/readout", readout[0].mT.reshape(-1, values.shape[-1], *parts["qk"].shape[2:]).numpy()
+    yield "out/aniso/usage", usage.numpy()
 
 
 def _readout(tag: str, names: tuple[str, str], keys: Tensor, values: Tensor, queries: Tensor, grad: Tensor, top_k: int | None, inputs: dict) -> Iterator[tuple]:
