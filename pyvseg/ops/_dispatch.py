@@ -179,10 +179,9 @@ def register_fake(op: str) -> Callable[[Callable], Callable]:
             return fake  # not compiled: only the reference will run
         _fakes[op] = fake
         torch.library.register_fake(f"pyvseg::{op}", fake)
-        _triton.define(schema(op))
+        _declare(_triton, op)
         for key in ("CUDA", "CPU"):
             _triton.impl(op, _triton_kernel(fake.__module__.rpartition(".")[2], op), key)
-        torch.library.register_fake(f"pyvseg_triton::{op}", fake)
         return fake
 
     return register
@@ -192,11 +191,26 @@ def register_autograd(op: str, backward: Callable, *, setup_context: Callable) -
     """The gradient of an op, as `torch.library.register_autograd`; `ctx.kernels` is the library that ran the forward."""
     if op in _fakes:
         _gradients[op] = (backward, setup_context)
-        for library in ("pyvseg", "pyvseg_triton"):
-            _register_autograd(library, op)
+        for library in ("pyvseg", _triton.ns):
+            _differentiate(library, op)
 
 
-def _register_autograd(library: str, op: str) -> None:
+def add_library(name: str) -> torch.library.Library:
+    """Declares every op once more under another name, for other implementations: those of the tests' CUDA emulator."""
+    library = torch.library.Library(name, "DEF")  # noqa: TOR901
+    for op in _fakes:
+        _declare(library, op)
+    for op in _gradients:
+        _differentiate(name, op)
+    return library
+
+
+def _declare(library: torch.library.Library, op: str) -> None:
+    library.define(schema(op))
+    torch.library.register_fake(f"{library.ns}::{op}", _fakes[op])
+
+
+def _differentiate(library: str, op: str) -> None:
     backward, save = _gradients[op]
 
     def setup_context(ctx, inputs, output) -> None:
