@@ -5,7 +5,6 @@ import math
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -132,11 +131,10 @@ def _expanded(memory_key: Tensor, query_key: Tensor, shrinkage: Tensor | None, s
     if shrinkage is not None:
         rows.append(torch.ones_like(mk[..., :1]))
         columns.append(-(e * qk.square()).sum(-1, keepdim=True))
-    pad = (0, -sum(row.shape[-1] for row in rows) % 8)
+    for parts, key in ((rows, mk), (columns, qk)):
+        parts.append(key.new_zeros(*key.shape[:2], -sum(part.shape[-1] for part in parts) % 8))
     keys, queries = torch.cat(rows, -1), torch.cat(columns, -1) / math.sqrt(mk.shape[-1])
-    if shrinkage is not None:
-        keys = keys * shrinkage.float().unsqueeze(-1)
-    return F.pad(keys, pad), F.pad(queries, pad)
+    return (keys if shrinkage is None else keys * shrinkage.float().unsqueeze(-1)), queries
 
 
 def _empty(memory_value: Tensor, memory_key: Tensor, query_key: Tensor, *others: Tensor | None) -> Tensor:
