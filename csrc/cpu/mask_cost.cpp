@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sums behind the matching costs of N mask logits against M targets (see pyvseg/ops/mask_cost.py). One pass over the
+// logits: of a few rows and a chunk of pixels, sigmoid and softplus are computed together, then both products with the
+// targets are taken from cache. sum BCE(x, t) = sum softplus(x) - x.t needs no product with softplus or 1 - t.
+#include "../isa.h"
+#include "mask_cost.h"
+
+namespace pyvseg::mask_cost {
+
+// A slice of the pixels against a group of logit rows. Every sum has one writer, so that no result depends on threads.
+struct Forward {
+  Rows logits, targets;
+  int64_t begin, end;   // pixels of the slice
+  int64_t first, last;  // rows of the group
+  double *overlap, *entropy, *prob;  // (N, M), (N, M), (N) of the slice, zero at first
+  double* area;         // (M) of the slice; null where another group sums it
+  float* scratch;       // forward_floats(M)
+};
+
+struct Kernels {
+  void (*forward)(const Forward&);
+};
+
+#ifdef PYVSEG_ISA
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kTargets = 3;  // of a tile: its sums, two per pair, stay in registers
+#else
+constexpr int kTargets = 1;
+#endif
+
+struct Activation {
+  vfloat sigmoid, softplus;
+};
+
+// Both from one exponential.
+PYVSEG_INLINE Activation activate(vfloat x) {
+  const vfloat e = exp_minus_size(x), inverse = 1.0f / (1.0f + e);
+  // log(1 + e) / e on [0, 1], relative error 3e-8
+  vfloat q = splat(5.2326880395e-3f);
+  q = q * e - 2.9505213723e-2f;
+  q = q * e + 7.8225910664e-2f;
+  q = q * e - 1.3663242757e-1f;
+  q = q * e + 1.9106005132e-1f;
+  q = q * e - 2.4842981994e-1f;
+  q = q * e + 3.3319097757e-1f;
+  q = q * e - 4.9999493361e-1f;
+  q = q * e + 1.0f;
+  return {x < 0.0f ? e * inverse : inverse, (x < 0.0f ? vfloat{} : x) + e * q};
+}
+
+PYVSEG_INLINE vfloat first_lanes(vfloat v, int64_t n) {
+  vint lane{};
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < int32_t(n) ? v : vfloat{};
+}
+
+struct RowSums {
+  float sigmoid, softplus;
+};
+
+// n logits as floats and their sigmoids, zeros up to a whole vector.
+template <typename T>
+RowSums activate_row(const T* from, int64_t n, float* logits, float* sigmoids) {
+  vfloat sigmoid{}, softplus{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const vfloat x = load(from + i);
+    const Activation a = activate(x);
+    store(logits + i, x);
+    store(sigmoids + i, a.sigmoid);
+    sigmoid += a.sigmoid;
+    softplus += a.softplus;
+  }
+  if (i < n) {
+    const vfloat x = load_part(from + i, n - i);
+    const Activation a = activate(x);
+    const vfloat s = first_lanes(a.sigmoid, n - i);
+    store(logits + i, x);
+    store(sigmoids + i, s);
+    sigmoid += s;
+    softplus += first_lanes(a.softplus, n - i);
+  }
+  return {sum(sigmoid), sum(softplus)};
+}
+RowSums activate_row(const Rows& rows, int64_t row, int64_t begin, int64_t n, float* logits, float* sigmoids) {
+  const int64_t offset = row * rows.stride + begin;
+  switch (rows.element) {
+    case Element::kFloat: return activate_row((const float*)rows.data + offset, n, logits, sigmoids);
+    case Element::kBfloat16: return activate_row((const bfloat16*)rows.data + offset, n, logits, sigmoids);
+    default: return activate_row((const float16*)rows.data + offset, n, logits, sigmoids);
+  }
+}
+
+struct Sums {
+  double *overlap, *entropy;  // (rows, M)
+  int64_t M;
+};
+
+// overlap += sigmoid.t, entropy += softplus - logit.t for R rows of logits and C of targets, all with stride kChunk
+template <int R, int C>
+void tile(const float* logits, const float* sigmoids, const float* softplus, const float* targets, int64_t n, const Sums& to) {
+  vfloat s[R][C], x[R][C];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) s[r][c] = x[r][c] = vfloat{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    vfloat t[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) t[c] = load(targets + c * kChunk + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const vfloat sigmoid = load(sigmoids + r * kChunk + i), logit = load(logits + r * kChunk + i);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        s[r][c] += sigmoid * t[c];
+        x[r][c] += logit * t[c];
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      to.overlap[r * to.M + c] += sum(s[r][c]);
+      to.entropy[r * to.M + c] += double(softplus[r]) - double(sum(x[r][c]));
+    }
+}
+
+template <int R>
+void products(const float* logits, const float* sigmoids, const float* softplus, const float* targets, int64_t n, const Sums& to) {
+  int64_t m = 0;
+  for (; m + kTargets <= to.M; m += kTargets)
+    tile<R, kTargets>(logits, sigmoids, softplus, targets + m * kChunk, n, {to.overlap + m, to.entropy + m, to.M});
+  for (; m < to.M; ++m) tile<R, 1>(logits, sigmoids, softplus, targets + m * kChunk, n, {to.overlap + m, to.entropy + m, to.M});
+}
+
+void forward(const Forward& f) {
+  const int64_t M = f.targets.count;
+  float *targets = f.scratch, *logits = targets + M * kChunk, *sigmoids = logits + kRows * kChunk, softplus[kRows];
+  for (int64_t begin = f.begin; begin < f.end; begin += kChunk) {
+    const int64_t n = f.end - begin < kChunk ? f.end - begin : kChunk, whole = padded(n);
+    for (int64_t m = 0; m < M; ++m) {
+      const float area = widen_row(f.targets, m, begin, n, targets + m * kChunk);
+      if (f.area) f.area[m] += area;
+    }
+    for (int64_t row = f.first; row < f.last; row += kRows) {
+      const int64_t rows = f.last - row < kRows ? f.last - row : kRows;
+      for (int64_t r = 0; r < rows; ++r) {
+        const RowSums sums = activate_row(f.logits, row + r, begin, n, logits + r * kChunk, sigmoids + r * kChunk);
+        f.prob[row + r] += sums.sigmoid;
+        softplus[r] = sums.softplus;
+      }
+      const Sums to{f.overlap + row * M, f.entropy + row * M, M};
+      if (rows == kRows) {
+        products<kRows>(logits, sigmoids, softplus, targets, whole, to);
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        products<1>(logits + r * kChunk, sigmoids + r * kChunk, softplus + r, targets, whole, {to.overlap + r * M, to.entropy + r * M, M});
+    }
+  }
+}
+
+}  // namespace
+
+PYVSEG_KERNELS = {forward};
+#else
+
+PYVSEG_KERNEL_TABLE
+
+namespace {
+
+constexpr int64_t kGroup = 32;  // rows of a task where the slices alone are too few
+
+// Sum over the slices, as float32. parts (slices, n)
+void add_slices(const double* parts, int64_t slices, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    double total = 0;
+    for (int64_t s = 0; s < slices; ++s) total += parts[s * n + i];
+    out[i] = float(total);
+  }
+}
+
+// logits (N, P) float32, bfloat16 or float16; targets (M, P) of any of these or bool -> all float32:
+// sum sigmoid.t (N, M), sum BCE with logits (N, M), sum sigmoid (N), sum t (M)
+std::tuple<Tensor, Tensor, Tensor, Tensor> mask_cost(const Tensor& logits, const Tensor& targets) {
+  STD_TORCH_CHECK(logits.dim() == 2 && targets.dim() == 2 && logits.size(1) == targets.size(1), "mask_cost: need (N, P) and (M, P)");
+  const Tensor x = rows_contiguous(logits), t = rows_contiguous(targets);
+  const int64_t N = x.size(0), M = t.size(0), P = x.size(1), slice = slice_of(P), slices = (P + slice - 1) / slice;
+  const int64_t group = slices >= 8 ? std::max<int64_t>(N, 1) : kGroup, groups = std::max<int64_t>(1, (N + group - 1) / group);
+  const auto empty = [&](std::vector<int64_t> shape) { return torch::stable::new_empty(logits, shape, ScalarType::Float); };
+  Tensor overlap = empty({N, M}), entropy = empty({N, M}), prob = empty({N}), area = empty({M});
+  std::vector<double> overlaps(slices * N * M), entropies(slices * N * M), probs(slices * N), areas(slices * M);
+  const Rows logit_rows = rows_of(x), target_rows = rows_of(t);
+  const Kernels& kernel = kernels();
+  parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch((M + 2 * kRows) * kChunk);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t s = task / groups, g = task % groups;
+      kernel.forward({logit_rows, target_rows, s * slice, std::min(P, (s + 1) * slice), g * group, std::min(N, (g + 1) * group),
+                      overlaps.data() + s * N * M, entropies.data() + s * N * M, probs.data() + s * N,
+                      g ? nullptr : areas.data() + s * M, scratch.data()});
+    }
+  });
+  add_slices(overlaps.data(), slices, N * M, overlap.mutable_data_ptr<float>());
+  add_slices(entropies.data(), slices, N * M, entropy.mutable_data_ptr<float>());
+  add_slices(probs.data(), slices, N, prob.mutable_data_ptr<float>());
+  add_slices(areas.data(), slices, M, area.mutable_data_ptr<float>());
+  return {overlap, entropy, prob, area};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyvseg, m) { m.def("mask_cost(Tensor logits, Tensor targets) -> (Tensor, Tensor, Tensor, Tensor)"); }
+STABLE_TORCH_LIBRARY_IMPL(pyvseg, CPU, m) { m.impl("mask_cost", TORCH_BOX(&mask_cost)); }
+#endif
+
+}  // namespace pyvseg::mask_cost
