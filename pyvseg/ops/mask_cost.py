@@ -52,7 +52,7 @@ def mask_costs(
     choice = _dispatch.choose("mask_cost", backend, logits, targets, dtypes=_DTYPES, slower=_SLOWER)
     if choice == "reference":
         return reference(logits, targets)
-    overlap, entropy, prob, area = torch.ops.pyvseg.mask_cost(logits, targets)
+    overlap, entropy, prob, area = _dispatch.kernels(choice).mask_cost(logits, targets)
     return MaskCosts(1 - (2 * overlap + 1) / (prob[:, None] + area + 1), entropy / max(size, 1))
 
 
@@ -84,28 +84,30 @@ def _check(logits: Tensor, targets: Tensor, points: Tensor | None) -> None:
         raise ValueError(f"targets must be ({wanted}) to go with logits, got shape {tuple(targets.shape)}")
 
 
-if _dispatch.extension:
+@_dispatch.register_fake("mask_cost")
+def _fake(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N, M = logits.shape[0], targets.shape[0]
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((N, M), (N, M), (N,), (M,)))
 
-    @torch.library.register_fake("pyvseg::mask_cost")
-    def _fake(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        N, M = logits.shape[0], targets.shape[0]
-        return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((N, M), (N, M), (N,), (M,)))
 
-    @torch.library.register_fake("pyvseg::mask_cost_backward")
-    def _fake_backward(overlap: Tensor, entropy: Tensor, prob: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        return logits.new_empty(logits.shape)
+@_dispatch.register_fake("mask_cost_backward")
+def _fake_backward(overlap: Tensor, entropy: Tensor, prob: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape)
 
-    def _save(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
 
-    def _backward(ctx, overlap: Tensor, entropy: Tensor, prob: Tensor, area: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        logits, targets = ctx.saved_tensors
-        by_logits = by_targets = None
-        if ctx.needs_input_grad[0]:
-            by_logits = torch.ops.pyvseg.mask_cost_backward(overlap, entropy, prob, logits, targets)
-        if ctx.needs_input_grad[1]:
-            x = logits.float()
-            by_targets = (overlap.mT @ x.sigmoid() - entropy.mT @ x + area[:, None]).to(targets.dtype)
-        return by_logits, by_targets
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
 
-    torch.library.register_autograd("pyvseg::mask_cost", _backward, setup_context=_save)
+
+def _backward(ctx, overlap: Tensor, entropy: Tensor, prob: Tensor, area: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    logits, targets = ctx.saved_tensors
+    by_logits = by_targets = None
+    if ctx.needs_input_grad[0]:
+        by_logits = ctx.kernels.mask_cost_backward(overlap, entropy, prob, logits, targets)
+    if ctx.needs_input_grad[1]:
+        x = logits.float()
+        by_targets = (overlap.mT @ x.sigmoid() - entropy.mT @ x + area[:, None]).to(targets.dtype)
+    return by_logits, by_targets
+
+
+_dispatch.register_autograd("mask_cost", _backward, setup_context=_save)
