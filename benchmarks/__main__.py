@@ -1,60 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
+import argparse
 import importlib
 import pkgutil
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
-from rich.console import Console
 
 import benchmarks.ops
-from benchmarks import harness
+from benchmarks import harness, timing
+
+THERE = [module.name for module in pkgutil.iter_modules(benchmarks.ops.__path__)]
 
 
-def main(
-    names: tyro.conf.Positional[tuple[str, ...]] = (),
-    /,
-    threads: int = 2,
-    quick: bool = False,
-    only: str = "",
-    budget: Annotated[float, tyro.conf.arg(help="seconds of timing per case")] = 15.0,
-    rounds: int = 50,
-    out: Path | None = None,
-) -> None:
-    """Time the ops against published formulations and peers, all in one run.
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Times the ops against published formulations and peers, all in one run."
+    )
+    parser.add_argument("names", nargs="*", metavar="op", help=f"all by default: {', '.join(THERE)}")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, no torch.compile")
+    parser.add_argument("--only", default="", help="text that a case's name must contain")
+    parser.add_argument("--budget", type=float, default=15.0, help="seconds of timing per case")
+    parser.add_argument("--rounds", type=int, default=50, help="at most so many; every way runs once per round")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of the whole run; later cases are left out")
+    parser.add_argument("--out", type=Path, help="folder for results.json and results.md, or those of the GPU's name")
+    args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in THERE]:
+        parser.error(f"no op named {unknown[0]}; there are {', '.join(THERE)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU")
+    return args
 
-    Args:
-        names: ops to time; all without one.
-        threads: of PyTorch.
-        quick: fewer sizes, no torch.compile.
-        only: text that a case's name must contain.
-        rounds: at most so many; every way runs once per round.
-        out: folder for results.json and results.md.
-    """
-    there = [module.name for module in pkgutil.iter_modules(benchmarks.ops.__path__)]
-    if unknown := [name for name in names if name not in there]:
-        sys.exit(f"benchmarks: no op named {unknown[0]}; there are {', '.join(there)}")
-    torch.set_num_threads(threads)
+
+def cases(names: list[str], quick: bool, only: str, device: str) -> Iterator[harness.Case]:
+    """Op by op; on a GPU one case of each op in turn, so that a run that ends early has seen them all."""
     torch.manual_seed(0)
-    console = Console(width=max(Console().width, 120))  # tables keep their figures in a pipe
-    facts, peak = harness.machine(threads), harness.peaks()
-    console.print(", ".join(f"{name} {fact}" for name, fact in facts.items()), highlight=False)
-    console.print(harness.describe(peak), highlight=False)
-    results = []
-    for name in names or there:
-        for case in importlib.import_module(f"benchmarks.ops.{name}").cases(quick):
-            if only not in case.name:
-                continue
-            rows = harness.rows_of(case, peak, budget, rounds)
-            bars = harness.bars_of(case, rows)
-            harness.show(console, case, rows, bars)
-            results.append((case, rows, bars))
-    if out:
-        harness.write(out, facts, peak, results)
-        console.print(f"written: {out / 'results.json'}, {out / 'results.md'}", highlight=False)
+    for group in [names] if device == "cuda" else [[name] for name in names]:
+        yield from _in_turn(group, quick, only, device)
+
+
+def _in_turn(names: list[str], quick: bool, only: str, device: str) -> Iterator[harness.Case]:
+    open_files = {name: None for name in names}
+    compiled: set[str] = set()
+    while open_files:
+        for name in list(open_files):
+            try:
+                with torch.device(device):
+                    open_files[name] = open_files[name] or importlib.import_module(f"benchmarks.ops.{name}").cases(quick)
+                    case = next(open_files[name], None)
+            except Exception as error:
+                print(f"{name}: its cases cannot be made: {type(error).__name__}: {error}", file=sys.stderr)
+                case = None
+            if case is None:
+                del open_files[name]
+            elif only in case.name:
+                if device == "cuda" and case.op in compiled:  # compiling takes longer than all else
+                    for way in [way for way in case.ways if "torch.compile" in way]:
+                        del case.ways[way]
+                compiled.add(case.op)
+                yield case
+
+
+def main() -> int:
+    args, start = parse(), time.monotonic()
+    torch.set_num_threads(args.threads)
+    facts, peak = harness.machine(args.threads, args.device), timing.peaks(args.device)
+    print(", ".join(f"{name} {fact}" for name, fact in facts.items()))
+    print(harness.describe(peak), flush=True)
+    results: list[harness.Result] = []
+    left_out, failed = 0, False
+    for case in cases(args.names or THERE, args.quick, args.only, args.device):
+        if time.monotonic() - start > args.seconds:
+            left_out += 1
+            continue
+        rows = harness.rows_of(case, peak, args.budget, args.rounds, args.device)
+        bars = harness.bars_of(case, rows)
+        failed |= not {way for way in case.ways if way.startswith("pyvseg")} <= {row.way for row in rows}
+        print(harness.table(case, rows, bars), flush=True)
+        results.append((case, rows, bars))
+    if left_out:
+        print(f"{left_out} cases left out: --seconds {args.seconds:g} were over")
+    if args.out:
+        stem = harness.file_stem(facts)
+        harness.write(args.out, facts, peak, results, stem)
+        print(f"written: {args.out / stem}.json and .md")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="python -m benchmarks")
+    sys.exit(main())

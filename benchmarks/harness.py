@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing of several ways to compute the same thing, against each other and against the machine's measured peaks."""
+"""Several ways to compute the same thing, against each other and against the machine's measured peaks.
+
+A file of benchmarks/ops yields its cases from `cases(quick)`, which runs with torch's default device set: a tensor made
+without `device=` lies where the benchmark runs. `on_gpu()` tells, for sizes, bars and peers that depend on it. On a GPU
+the harness adds the same way as a CUDA graph and, beside compiled kernels, on Triton.
+"""
 
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
-import time
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
+
+from benchmarks.timing import Peaks, Times, Ways, graphed, measure, name
+from pyvseg.ops import _dispatch
+
+
+def on_gpu() -> bool:
+    return torch.get_default_device().type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -23,22 +33,12 @@ class Case:
 
     op: str
     name: str
-    ways: dict[str, Callable[[], object]]
+    ways: Ways
     bytes: float  # every input read once, every output written once
     flops: float
     dtype: torch.dtype = torch.float32  # picks the arithmetic peak
     bars: dict[tuple[str, str], float] = field(default_factory=dict)  # (way, than): least ratio that we hold ourselves to
     way_bytes: dict[str, float] = field(default_factory=dict)  # of ways that start from another form of the inputs
-
-
-@dataclass(frozen=True)
-class Peaks:
-    copy: float  # bytes read plus written per second, from and to memory
-    gemm: dict[str, float]  # dtype -> flops per second
-
-    def seconds(self, case: Case, way: str) -> float:
-        """The least time that the case's bytes and flops take."""
-        return max(case.way_bytes.get(way, case.bytes) / self.copy, case.flops / self.gemm[_name(case.dtype)])
 
 
 @dataclass(frozen=True)
@@ -56,51 +56,65 @@ class Row:
     ratio: float  # baseline's time over this one's
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def least_seconds(case: Case, way: str, peak: Peaks) -> float:
+    """What the case's bytes and flops take at the machine's peaks."""
+    return max(case.way_bytes.get(way, case.bytes) / peak.copy, case.flops / peak.gemm[name(case.dtype)])
 
 
-def measure(ways: dict[str, Callable[[], object]], budget: float, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """(Wall, CPU) seconds per call. Rounds go through all ways in turn, so that a busy moment hits every way alike."""
-    times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    for run in ways.values():
+def ways_on(case: Case, device: str) -> Ways:
+    """The ways of the case that run on this device, and their forms that only a GPU has; failures are told, not raised."""
+    ways = dict(case.ways)
+    if device == "cuda":
+        if not any(_dispatch.missing(case.op, backend) for backend in ("cuda", "triton")):
+            ways |= {f"{way}, triton": _on_backend(run, "triton") for way, run in case.ways.items() if _ours(way)}
+        usable = {way: run for way, run in ways.items() if _runs(way, run)}
+        for way, run in usable.items():
+            if way == next(iter(case.ways)) or _ours(way):
+                usable = usable | _as_graph(way, run)
+        return usable
+    return ways
+
+
+def _ours(way: str) -> bool:
+    return way.startswith("pyvseg") and "reference" not in way and "torch.compile" not in way
+
+
+def _on_backend(run: Callable[[], object], backend: str) -> Callable[[], object]:
+    def forced() -> object:
+        with _dispatch.backend(backend):
+            return run()
+
+    return forced
+
+
+def _runs(way: str, run: Callable[[], object]) -> bool:
+    try:
         run()
-    start = time.perf_counter()
-    for done in range(rounds):
-        if done >= 3 and time.perf_counter() - start > budget:
-            break
-        for way, run in ways.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
-            times[way].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return times
+        torch.cuda.synchronize()
+    except Exception as error:
+        print(f"  {way} FAILED: {_first_line(error)}", file=sys.stderr)
+        return False
+    return True
 
 
-def peaks(rounds: int = 7) -> Peaks:
-    """The arithmetic peak is the better of MKL's matrix product and oneDNN's 3x3 convolution, which on AMD's AVX-512 is
-    twice as fast in float32."""
-    source, target = torch.rand(1 << 26), torch.empty(1 << 26)
-    size, width, side = 2048, 512, 64
-    ways: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
-    flops: dict[str, float] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix, out = torch.randn(size, size).to(dtype), torch.empty(size, size, dtype=dtype)
-        ways[f"{_name(dtype)} mkl"] = lambda matrix=matrix, out=out: torch.mm(matrix, matrix, out=out)
-        flops[f"{_name(dtype)} mkl"] = 2 * size**3
-        image, weight = torch.randn(1, width, side, side).to(dtype), torch.randn(width, width, 3, 3).to(dtype)
-        image, weight = (t.contiguous(memory_format=torch.channels_last) for t in (image, weight))
-        ways[f"{_name(dtype)} onednn"] = lambda image=image, weight=weight: F.conv2d(image, weight)
-        flops[f"{_name(dtype)} onednn"] = 2 * 9 * width * width * (side - 2) ** 2
-    best = {way: min(seconds)[0] for way, seconds in measure(ways, 20, rounds).items()}
-    copy = 2 * source.numel() * 4 / best.pop("copy")
-    rates = {way: flops[way] / seconds for way, seconds in best.items()}
-    return Peaks(copy, {n: max(rates[f"{n} mkl"], rates[f"{n} onednn"]) for n in ("float32", "bfloat16")})
+def _as_graph(way: str, run: Callable[[], object]) -> Ways:
+    try:
+        return {f"{way}, CUDA graph": graphed(run)}
+    except Exception as error:
+        torch.cuda.synchronize()
+        print(f"  {way}: no CUDA graph: {_first_line(error)}", file=sys.stderr)
+        return {}
 
 
-def rows_of(case: Case, peak: Peaks, budget: float, rounds: int) -> list[Row]:
-    times = measure(case.ways, budget, rounds)
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def rows_of(case: Case, peak: Peaks, budget: float, rounds: int, device: str = "cpu") -> list[Row]:
+    times: Times = measure(ways_on(case, device), budget, rounds, device)
     walls = {way: sorted(wall for wall, _ in seconds) for way, seconds in times.items()}
-    baseline = statistics.median(next(iter(walls.values())))
+    first = next(iter(case.ways))
+    baseline = statistics.median(walls[first]) if first in walls else float("nan")
     rows = []
     for way, wall in walls.items():
         median = statistics.median(wall)
@@ -109,7 +123,7 @@ def rows_of(case: Case, peak: Peaks, budget: float, rounds: int) -> list[Row]:
         traffic = case.way_bytes.get(way, case.bytes)
         rows.append(
             Row(case.op, case.name, way, median * 1e3, low * 1e3, high * 1e3, cpu * 1e3, traffic / median / 1e9,
-                case.flops / median / 1e9, peak.seconds(case, way) / median, baseline / median)
+                case.flops / median / 1e9, least_seconds(case, way, peak) / median, baseline / median)
         )  # fmt: skip
     return rows
 
@@ -119,20 +133,22 @@ def bars_of(case: Case, rows: list[Row]) -> list[str]:
     ms = {row.way: row.ms for row in rows}
     lines = []
     for (way, than), least in case.bars.items():
+        if way not in ms or than not in ms:
+            lines.append(f"MISSED {way} against {than}: did not run")
+            continue
         ratio = ms[than] / ms[way]
         lines.append(f"{'met   ' if ratio >= least else 'MISSED'} {way}: {ratio:.1f}x {than}, at least {least:g}x wanted")
     return lines
 
 
-def machine(threads: int) -> dict[str, str]:
+def machine(threads: int, device: str = "cpu") -> dict[str, str]:
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = names[0] if names else cpu
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    from pyvseg.ops import _dispatch
-
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda)} if device == "cuda" else {}
+    return gpu | {
         "cpu": cpu,
         "threads": str(threads),
         "instruction set": _dispatch.extension.isa() if _dispatch.extension else "none (reference only)",
@@ -142,38 +158,43 @@ def machine(threads: int) -> dict[str, str]:
     }
 
 
-COLUMNS = ("way", "ms", "p10", "p90", "CPU ms", "GB/s", "GFLOP/s", "of roofline", "ratio")
+COLUMNS = ("way", "ms", "p10", "p90", "CPU ms", "GB/s", "TFLOP/s", "of roofline", "ratio")
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    return (row.way, f"{row.ms:.2f}", f"{row.p10:.2f}", f"{row.p90:.2f}", f"{row.cpu_ms:.2f}", f"{row.gigabytes_per_second:.1f}",
-            f"{row.gigaflops:.1f}", f"{row.share_of_roofline:.0%}", f"{row.ratio:.1f}x")  # fmt: skip
+    return (row.way, f"{row.ms:.3f}", f"{row.p10:.3f}", f"{row.p90:.3f}", f"{row.cpu_ms:.3f}", f"{row.gigabytes_per_second:.1f}",
+            f"{row.gigaflops / 1e3:.3g}", f"{row.share_of_roofline:.0%}", f"{row.ratio:.1f}x")  # fmt: skip
 
 
-def show(console: Console, case: Case, rows: list[Row], bars: list[str]) -> None:
-    table = Table(title=f"{case.op}: {case.name}", title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*cells(row))
-    console.print(table)
-    for line in bars:
-        console.print(line, style="red" if line.startswith("MISSED") else "green", highlight=False)
+def table(case: Case, rows: list[Row], bars: list[str]) -> str:
+    """For a terminal."""
+    lines = [COLUMNS, *(cells(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    aligned = [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]) for line in lines
+    ]
+    return "\n".join([f"{case.op}: {case.name}", *(f"  {line}" for line in aligned), *(f"  {line}" for line in bars), ""])
 
 
-def write(out: Path, facts: dict[str, str], peak: Peaks, results: list[tuple[Case, list[Row], list[str]]]) -> None:
-    """results.json and results.md in the folder `out`."""
+Result = tuple[Case, list[Row], list[str]]
+
+
+def write(out: Path, facts: dict[str, str], peak: Peaks, results: list[Result], stem: str = "results") -> None:
+    """STEM.json and STEM.md in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     record = {"machine": facts, "peaks": asdict(peak), "rows": [asdict(row) for _, rows, _ in results for row in rows]}
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     lines = ["# Benchmark", "", *(f"- {name}: {fact}" for name, fact in facts.items()), f"- {describe(peak)}", ""]
-    for case, rows, bars in results:
-        lines += [f"## {case.op}: {case.name}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-        lines += ["", *(f"- {line}" for line in bars), ""]
-    (out / "results.md").write_text("\n".join(lines))
+    lines += ["| op | case | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    lines += [f"| {row.op} | {row.case} | {' | '.join(cells(row))} |" for _, rows, _ in results for row in rows]
+    lines += ["", *(f"- {case.op}, {case.name}: {line}" for case, _, bars in results for line in bars), ""]
+    (out / f"{stem}.md").write_text("\n".join(lines))
+
+
+def file_stem(facts: dict[str, str]) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()) if "gpu" in facts else "results"
 
 
 def describe(peak: Peaks) -> str:
-    gemm = ", ".join(f"{name} matrix product {flops / 1e9:.0f} GFLOP/s" for name, flops in peak.gemm.items())
+    gemm = ", ".join(f"{dtype} matrix product {flops / 1e12:.2f} TFLOP/s" for dtype, flops in peak.gemm.items())
     return f"measured peaks: memory copy {peak.copy / 1e9:.1f} GB/s, {gemm}"
