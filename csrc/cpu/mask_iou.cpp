@@ -7,7 +7,7 @@
 
 namespace pyvseg::mask_iou {
 
-enum class Element : int32_t { kByte, kFloat, kBfloat16 };
+enum class Element : int32_t { kFloat, kBfloat16, kHalf, kByte };  // the first three as Number of launch.h
 
 struct Pack {
   const void* masks;  // rows of `numel` elements, contiguous
@@ -64,8 +64,10 @@ PYVSEG_INLINE uint64_t bits64(const Number* p) {
 }
 
 PYVSEG_INLINE bool is_set(uint8_t x) { return x != 0; }
-PYVSEG_INLINE bool is_set(float x) { return x > 0; }
-PYVSEG_INLINE bool is_set(bfloat16 x) { return load1(&x) > 0; }
+template <typename Number>
+PYVSEG_INLINE bool is_set(Number x) {
+  return load1(&x) > 0;
+}
 
 template <typename T>
 void pack_words(const Pack& p, int64_t begin, int64_t end) {
@@ -85,6 +87,7 @@ void pack(const Pack& p, int64_t begin, int64_t end) {
   if (p.element == Element::kByte) pack_words<uint8_t>(p, begin, end);
   if (p.element == Element::kFloat) pack_words<float>(p, begin, end);
   if (p.element == Element::kBfloat16) pack_words<bfloat16>(p, begin, end);
+  if (p.element == Element::kHalf) pack_words<float16>(p, begin, end);
 }
 
 // counts[i][j] += set bits of a_i & b_j over the words from `begin` that whole vectors cover; returns where they end.
@@ -166,10 +169,10 @@ namespace {
 Element element_of(const Tensor& masks) {
   const ScalarType type = masks.scalar_type();
   if (type == ScalarType::Bool || type == ScalarType::Byte) return Element::kByte;
-  return is_bf16(masks) ? Element::kBfloat16 : Element::kFloat;
+  return Element(number_of(masks));
 }
 
-// masks (N, P) bool, uint8, float32 or bfloat16 -> bits (N, ceil(P / 64)) int64
+// masks (N, P) bool, uint8, float32, bfloat16 or float16 -> bits (N, ceil(P / 64)) int64
 Tensor pack_masks(const Tensor& masks) {
   STD_TORCH_CHECK(masks.dim() == 2, "pack_masks: masks must have two dimensions");
   const Tensor rows = torch::stable::contiguous(masks);

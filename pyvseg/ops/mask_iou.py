@@ -10,7 +10,7 @@ from pyvseg.ops import _dispatch
 
 __all__ = ["PackedMasks", "mask_iou", "mask_overlap", "pack_masks"]
 
-_PACKABLE = (torch.bool, torch.uint8, torch.float32, torch.bfloat16)
+_PACKABLE = (torch.bool, torch.uint8, *_dispatch.DTYPES)
 _SLOWER = "50 to 100 times"
 
 

@@ -51,10 +51,11 @@ def test_bits_are_as_documented(isa, dtype, numel):
     assert torch.equal(packed.bits, pack_masks(masks, backend="reference").bits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_threshold_of_logits(isa, dtype):
     tiny = torch.finfo(dtype).smallest_normal
-    edge = [0.0, -0.0, tiny, -tiny, float("nan"), -float("nan"), float("inf"), -float("inf"), 1e-40, 1.0]
+    subnormal = tiny / 4
+    edge = [0.0, -0.0, tiny, -tiny, float("nan"), -float("nan"), float("inf"), -float("inf"), subnormal, 1.0]
     logits = torch.tensor(edge * 13, dtype=dtype).unsqueeze(0)
     set_bits = np.unpackbits(pack_masks(logits).bits.numpy().view(np.uint8), bitorder="little")[: logits.numel()]
     assert np.array_equal(set_bits, np.array([0, 0, 1, 0, 0, 0, 1, 0, 1, 1] * 13))
