@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+// Matrix products of a few hundred rows: y = x w + bias in float32.
+//
+// Sixty-four columns of w (AVX-512) are laid out as a panel in cache, in float32 whatever w is; then six rows of x at a
+// time are broadcast against it. Libraries lose half of their speed or more at this size.
+#pragma once
+#include "number.h"
+#ifdef PYVSEG_ISA
+#include "vec.h"
+#else
+#include "launch.h"
+#endif
+
+namespace pyvseg {
+
+struct Product {
+  int64_t rows, depth, columns;
+  const float* x;               // element (r, d) at r * x_row + d * x_depth
+  int64_t x_row, x_depth;
+  const void* w;                // element (d, c) at d * w_depth + c * w_column; one of the two strides is 1
+  Number number;                // of w and bias
+  int64_t w_depth, w_column;
+  const void* bias;             // (columns), or null
+  float* y;                     // rows y_row apart
+  int64_t y_row;
+  bool add;                     // to what y holds, instead of the bias
+};
+
+struct ProductKernel {
+  int panel;             // columns
+  int64_t panel_floats;  // scratch
+  void (*multiply)(const Product&, int64_t panel, int64_t begin, int64_t end, float* scratch);
+};
+
+#ifdef PYVSEG_ISA
+namespace {
+
+constexpr int kTileRows = 6, kTileVectors = kLanes == 16 ? 4 : 2;  // accumulators fill the registers
+constexpr int kPanel = kTileVectors * kLanes;                      // columns
+constexpr int kDepth = 128;  // of a panel, which L1 then holds; a deeper product adds up several: short sums round less
+constexpr int64_t kPanelFloats = (kDepth + 1) * kPanel;
+
+// panel[d][c] = w[depth + d][column + c], zero past the last column.
+template <typename T>
+void lay_out(const Product& p, int64_t depth, int64_t count, int64_t column, float* panel) {
+  const T* w = (const T*)p.w + depth * p.w_depth + column * p.w_column;
+  const int64_t columns = p.columns - column < kPanel ? p.columns - column : kPanel, whole = columns / kLanes * kLanes;
+  const int64_t tile = p.w_column == 1 ? 1 : kLanes;
+  int64_t d = 0;
+  for (; d + tile <= count; d += tile)
+    for (int64_t c = 0; c < whole; c += kLanes) {
+      if (tile == 1) {
+        store(panel + d * kPanel + c, load(w + d * p.w_depth + c));
+        continue;
+      }
+      vuint square[kLanes];
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) square[j] = (vuint)load(w + (c + j) * p.w_column + d);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) store(panel + (d + j) * kPanel + c, (vfloat)square[j]);
+    }
+  for (int64_t j = 0; j < count; ++j) {
+    for (int64_t c = j < d ? whole : 0; c < columns; ++c) panel[j * kPanel + c] = load1(w + j * p.w_depth + c * p.w_column);
+    for (int64_t c = columns; c < kPanel; ++c) panel[j * kPanel + c] = 0;
+  }
+}
+
+// tile (R, kPanel) += x (R rows, count) panel
+template <int R>
+PYVSEG_INLINE void multiply_tile(const Product& p, const float* x, int64_t count, const float* panel, float* tile) {
+  vfloat total[R][kTileVectors] = {};
+  for (int64_t d = 0; d < count; ++d) {
+    vfloat w[kTileVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) w[v] = load(panel + d * kPanel + v * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const vfloat one = splat(x[r * p.x_row + d * p.x_depth]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v) total[r][v] += one * w[v];
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      float* to = tile + r * kPanel + v * kLanes;
+      store(to, load(to) + total[r][v]);
+    }
+}
+
+// Columns kPanel * panel and on, of the rows begin to end.
+void multiply(const Product& p, int64_t panel, int64_t begin, int64_t end, float* scratch) {
+  const int64_t column = panel * kPanel, columns = p.columns - column < kPanel ? p.columns - column : kPanel;
+  float *weights = scratch, *bias = scratch + kDepth * kPanel;
+  for (int64_t c = 0; c < kPanel; ++c)
+    bias[c] = c < columns && p.bias ? with_number(p.number, [&](auto number) {
+      return load1((const decltype(number)*)p.bias + column + c);
+    }) : 0;
+  for (int64_t depth = 0; depth == 0 || depth < p.depth; depth += kDepth) {
+    const int64_t count = p.depth - depth < kDepth ? p.depth - depth : kDepth;
+    with_number(p.number, [&](auto number) { lay_out<decltype(number)>(p, depth, count, column, weights); });
+    for (int64_t row = begin; row < end; row += kTileRows) {
+      const int64_t rows = end - row < kTileRows ? end - row : kTileRows;
+      const float* x = p.x + row * p.x_row + depth * p.x_depth;
+      float tile[kTileRows * kPanel];
+      for (int64_t r = 0; r < rows; ++r)
+        __builtin_memcpy(tile + r * kPanel, depth || p.add ? p.y + (row + r) * p.y_row + column : bias, columns * 4);
+      switch (rows) {
+        case 6: multiply_tile<6>(p, x, count, weights, tile); break;
+        case 5: multiply_tile<5>(p, x, count, weights, tile); break;
+        case 4: multiply_tile<4>(p, x, count, weights, tile); break;
+        case 3: multiply_tile<3>(p, x, count, weights, tile); break;
+        case 2: multiply_tile<2>(p, x, count, weights, tile); break;
+        default: multiply_tile<1>(p, x, count, weights, tile);
+      }
+      for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(p.y + (row + r) * p.y_row + column, tile + r * kPanel, columns * 4);
+    }
+  }
+}
+
+}  // namespace
+#else
+
+// Several products at once: panels x blocks of rows of all of them are the tasks.
+inline void multiply(const ProductKernel& kernel, const std::vector<Product>& products) {
+  constexpr int64_t kBlock = 192;  // rows that share a panel
+  struct Task {
+    const Product* product;
+    int64_t panel, row;
+  };
+  std::vector<Task> tasks;
+  for (const Product& p : products)
+    for (int64_t panel = 0; panel * kernel.panel < p.columns; ++panel)
+      for (int64_t row = 0; row < p.rows; row += kBlock) tasks.push_back({&p, panel, row});
+  parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[kernel.panel_floats]);
+    for (int64_t i = begin; i < end; ++i) {
+      const Task& t = tasks[i];
+      kernel.multiply(*t.product, t.panel, t.row, std::min(t.row + kBlock, t.product->rows), scratch.get());
+    }
+  });
+}
+#endif
+
+}  // namespace pyvseg
