@@ -24,3 +24,28 @@ EFFICIENTNET_LITE = [
     (r"\._bn(\d)\.", r".bn\1."),
 ]
 EFFICIENTNET_LITE_IGNORED = r"^(blocks\.1[1-5]\.|_conv_head|_bn1|_fc)|num_batches_tracked$"
+
+# detectron2's ResNet and Swin, the heads of Mask2Former and of the systems built on it. Old files have the pixel decoder right
+# under the head, and a "static query".
+MASK2FORMER = [
+    (r"^sem_seg_head\.(?!predictor\.|pixel_decoder\.)", "sem_seg_head.pixel_decoder."),
+    (r"^sem_seg_head\.pixel_decoder\.", "pixel_decoder."),
+    (r"^sem_seg_head\.predictor\.", "decoder."),
+    (r"^decoder\.static_query\.", "decoder.query_feat."),
+    (r"^backbone\.stem\.", "backbone."),
+    (r"^backbone\.res2\.", "backbone.layer1."),
+    (r"^backbone\.res3\.", "backbone.layer2."),
+    (r"^backbone\.res4\.", "backbone.layer3."),
+    (r"^backbone\.res5\.", "backbone.layer4."),
+    (r"^(backbone\..*)shortcut\.norm\.", r"\1downsample.1."),
+    (r"^(backbone\..*)shortcut\.", r"\1downsample.0."),
+    (r"^(backbone\.(?:.*\.)?)conv(\d)\.norm\.", r"\1bn\2."),
+    (r"^pixel_decoder\.transformer\.(?:encoder\.)?", "pixel_decoder."),
+    (r"^pixel_decoder\.(adapter_1|layer_1)\.norm\.", r"pixel_decoder.\1.1."),
+    (r"^pixel_decoder\.(adapter_1|layer_1)\.weight$", r"pixel_decoder.\1.0.weight"),
+    (r"\.transformer_cross_attention_layers\.(\d+)\.multihead_attn\.", r".layers.\1.cross_attn."),
+    (r"\.transformer_self_attention_layers\.(\d+)\.self_attn\.", r".layers.\1.self_attn."),
+    (r"\.transformer_(cross|self)_attention_layers\.(\d+)\.norm\.", r".layers.\2.\1_norm."),
+    (r"\.transformer_ffn_layers\.(\d+)\.", r".layers.\1.ffn."),
+]
+MASK2FORMER_IGNORED = r"empty_weight$|relative_position_index$|num_batches_tracked$"

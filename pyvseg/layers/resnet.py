@@ -6,16 +6,32 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """A batch norm that stays what its checkpoint says: no statistics of the batch, no gradient, no counter.
+
+    Without a checkpoint it is the identity.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.num_batches_tracked = None
+        self.running_var -= self.eps
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FrozenBatchNorm2d:
+        return super().train(False)
+
+
 class BasicBlock(nn.Module):
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, bias: bool) -> None:
+    def __init__(self, inputs: int, width: int, outputs: int, stride: int, bias: bool, norm: type[nn.Module]) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=bias)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=bias)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = _downsample(inputs, width, stride, bias)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=bias)
+        self.bn1 = norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=bias)
+        self.bn2 = norm(outputs)
+        self.downsample = _downsample(inputs, outputs, stride, bias, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x)).relu_()
@@ -26,15 +42,15 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, bias: bool) -> None:
+    def __init__(self, inputs: int, width: int, outputs: int, stride: int, bias: bool, norm: type[nn.Module]) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=bias)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = norm(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=bias)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=bias)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        self.downsample = _downsample(inputs, 4 * width, stride, bias)
+        self.bn2 = norm(width)
+        self.conv3 = nn.Conv2d(width, outputs, 1, bias=bias)
+        self.bn3 = norm(outputs)
+        self.downsample = _downsample(inputs, outputs, stride, bias, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x)).relu_()
@@ -43,10 +59,10 @@ class Bottleneck(nn.Module):
         return y.add_(x if self.downsample is None else self.downsample(x)).relu_()
 
 
-def _downsample(inputs: int, outputs: int, stride: int, bias: bool) -> nn.Sequential | None:
+def _downsample(inputs: int, outputs: int, stride: int, bias: bool, norm: type[nn.Module]) -> nn.Sequential | None:
     if stride == 1 and inputs == outputs:
         return None
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=bias), nn.BatchNorm2d(outputs))
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=bias), norm(outputs))
 
 
 class ResNet(nn.Module):
@@ -56,22 +72,35 @@ class ResNet(nn.Module):
     block      `BasicBlock` (ResNet-18/34) or `Bottleneck` (ResNet-50/101)
     inputs     input channels
     bias       whether the convolutions have a bias (the value encoder of STCN does)
-    width      channels of the stem; the stages have `width * 2**i * block.expansion`
+    width      inner channels of the first stage; stage i has `width * 2**i`
+    stem       channels of the stem, None: `width`
+    outputs    channels of the first stage's map, None: `width * block.expansion`; stage i has `outputs * 2**i`
+    norm       `nn.BatchNorm2d` or `FrozenBatchNorm2d`
 
     forward takes (B, inputs, H, W) and returns one feature map per stage, at strides 4, 8, 16, ...
     """
 
     def __init__(
-        self, blocks: tuple[int, ...], block: type[nn.Module], *, inputs: int = 3, bias: bool = False, width: int = 64
+        self,
+        blocks: tuple[int, ...],
+        block: type[nn.Module],
+        *,
+        inputs: int = 3,
+        bias: bool = False,
+        width: int = 64,
+        stem: int | None = None,
+        outputs: int | None = None,
+        norm: type[nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 7, 2, 3, bias=bias)
-        self.bn1 = nn.BatchNorm2d(width)
+        before, outputs = stem or width, outputs or width * block.expansion
+        self.conv1 = nn.Conv2d(inputs, before, 7, 2, 3, bias=bias)
+        self.bn1 = norm(before)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.channels = tuple(width * 2**i * block.expansion for i in range(len(blocks)))
-        before = width
+        self.channels = tuple(outputs * 2**i for i in range(len(blocks)))
         for i, (count, after) in enumerate(zip(blocks, self.channels)):
-            stage = [block(before if j == 0 else after, width * 2**i, 2 if i and not j else 1, bias) for j in range(count)]
+            strides = [2 if i and not j else 1 for j in range(count)]
+            stage = [block(after if j else before, width * 2**i, after, stride, bias, norm) for j, stride in enumerate(strides)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
             before = after
 

@@ -114,10 +114,10 @@ def _missing(op: str, name: str) -> str:
 
 @torch.compiler.assume_constant_result
 def _warn(op: str, device: str, slower: str) -> None:
-    if (op, device) in _warned:
+    if (op, device) in _warned or device == "meta":
         return
     _warned.add((op, device))
-    reason = missing(op, "cuda" if device == "cuda" else "cpu")
+    reason = missing(op, device) if device in BACKENDS else f"no kernels for {device} tensors"
     warnings.warn(f"pyvseg.ops.{op} runs on the PyTorch reference, about {slower} slower: {reason}", stacklevel=4)
 
 

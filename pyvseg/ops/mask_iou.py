@@ -113,6 +113,8 @@ def _packed(name: str, masks: Tensor | PackedMasks, backend: str) -> PackedMasks
 def reference_pack(masks: Tensor) -> Tensor:
     """(N, P) -> bits (N, W) int64 in PyTorch."""
     N, P = masks.shape
+    if masks.numel() == 0:
+        return masks.new_zeros(N, -(-P // 64), dtype=torch.int64)
     on = torch.nn.functional.pad(masks > 0, (0, -P % 64)).view(torch.uint8).view(N, -(-P // 64) * 8, 8)
     octets = (on << torch.arange(8, dtype=torch.uint8, device=masks.device)).sum(-1, dtype=torch.uint8)
     return octets.view(torch.int64)

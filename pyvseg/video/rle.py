@@ -15,6 +15,17 @@ def encode_rle(labels: np.ndarray, object_ids) -> list[dict]:
     return [{"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")} for rle in rles]
 
 
+def encode_masks(masks: np.ndarray) -> list[dict]:
+    """Compressed COCO RLE of each of the masks, bool (N, H, W)."""
+    from pycocotools import mask as coco
+
+    if not len(masks):
+        return []
+    columns = np.ascontiguousarray(masks.transpose(0, 2, 1)).view(np.uint8)
+    rles = coco.encode(columns.transpose(2, 1, 0))
+    return [{"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")} for rle in rles]
+
+
 def decode_rle(rle: dict, size: tuple[int, int], name: str) -> np.ndarray:
     """A bool (H, W) mask from compressed or uncompressed COCO RLE; `size` (H, W) is what it must have.
 

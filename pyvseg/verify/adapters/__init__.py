@@ -11,11 +11,23 @@ where the case's notes state another one; `NotCovered(reason)` in place of a res
 A new system adds one file here and one row below.
 """
 
-from pyvseg.verify.adapters import metrics_vos, ops_kernel_update, ops_kmeans_cross_attention, ops_memory_read, pcvos, stcn
+from pyvseg.verify.adapters import (
+    mask2former,
+    metrics_vos,
+    minvis,
+    ops_kernel_update,
+    ops_kmeans_cross_attention,
+    ops_memory_read,
+    pcvos,
+    stcn,
+)
 from pyvseg.verify.adapters.not_covered import NotCovered
 
 ADAPTERS = {
+    "mask2former": mask2former.run,
+    "mask2former-video": minvis.run_joint,
     "metrics-vos": metrics_vos.run,
+    "minvis": minvis.run,
     "ops-kernel_update": ops_kernel_update.run,
     "ops-kmeans_cross_attention": ops_kmeans_cross_attention.run,
     "ops-memory_read": ops_memory_read.run,

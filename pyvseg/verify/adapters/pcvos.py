@@ -12,7 +12,8 @@ import torch
 from pyvseg.layers.inference import for_inference
 from pyvseg.models import zoo
 from pyvseg.models.stcn import STCN, STCNSettings
-from pyvseg.verify.adapters.stcn import Taps, Volume, first_frame, given_masks
+from pyvseg.verify.adapters.stcn import Volume, first_frame, given_masks
+from pyvseg.verify.adapters.taps import Taps
 
 
 def run(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> Iterator[tuple]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyvseg.checkpoints import key_maps, map_keys
 from pyvseg.engine.propagate import Propagation
@@ -18,6 +18,7 @@ from pyvseg.models import zoo
 from pyvseg.models.stcn import STCN, STCNSettings
 from pyvseg.training.losses import BootstrappedCrossEntropy
 from pyvseg.training.vos import training_pass
+from pyvseg.verify.adapters.taps import Taps
 from pyvseg.verify.compare import Rule
 
 STEP_GRADIENTS = (
@@ -72,36 +73,6 @@ def first_frame(taps: Taps) -> Iterator[tuple]:
     yield "tap/first/k16", taps.outputs("key_proj", 0)[0]
     yield "tap/first/f16_thin", taps.outputs("key_comp", 0)[0, ::16]
     yield "tap/first/value", taps.outputs("value_encoder", 0)[:, ::16]
-
-
-class Taps:
-    """Inputs and outputs of the model's parts, call by call, as numpy arrays."""
-
-    def __init__(self, model: STCN) -> None:
-        self.calls: dict[str, list[tuple]] = {}
-        self.hooks = [part.register_forward_hook(self._recorder(name)) for name, part in model.named_children()]
-
-    def _recorder(self, name: str):
-        def record(part: nn.Module, inputs: tuple, output) -> None:
-            self.calls.setdefault(name, []).append((_arrays(inputs), _arrays(output)))
-
-        return record
-
-    def inputs(self, name: str, call: int) -> tuple:
-        return self.calls[name][call][0]
-
-    def outputs(self, name: str, call: int):
-        return self.calls[name][call][1]
-
-    def close(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-
-def _arrays(value):
-    if isinstance(value, Tensor):
-        return value.detach().numpy()
-    return [_arrays(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 class Volume(Propagation):

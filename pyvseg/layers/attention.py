@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformer blocks that the query-based systems share: multi-head attention, feed-forward, small perceptrons."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyvseg.layers.inference import Linear
+
+
+class Attention(nn.Module):
+    """Multi-head attention with the parameters of `nn.MultiheadAttention`, on `scaled_dot_product_attention`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """query (B, N, C), key and value (B, M, C) -> (B, N, C).
+
+        mask   broadcastable to (B, 1, N, M): bool, False where a query must not look, or added to the logits
+        """
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        projected = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)]
+        return self.out_proj(_attend(*projected, self.heads, mask))
+
+    def for_inference(self) -> nn.Module:
+        return _FastAttention(self)
+
+
+class _FastAttention(nn.Module):
+    """`Attention` with its three projections as modules of their own."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.heads = attention.heads
+        weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+        self.q, self.k, self.v = (_linear(w, b) for w, b in zip(weights, biases))
+        self.out_proj = Linear(attention.out_proj)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.out_proj(_attend(self.q(query), self.k(key), self.v(value), self.heads, mask))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+    return Linear(linear)
+
+
+class FeedForward(nn.Module):
+    """norm(x + linear2(relu(linear1(x))))"""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, width)
+        self.norm = nn.LayerNorm(width)
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.linear2(self.linear1(x).relu_()))
+
+
+class MLP(nn.Module):
+    """`layers` linear layers with ReLU between them; none make it the identity."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, layers: int = 3) -> None:
+        super().__init__()
+        widths = [inputs, *[hidden] * (layers - 1), outputs]
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:])) if layers else nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = layer(x.relu_() if i else x)
+        return x

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pixel decoder of Mask2Former (Cheng et al., CVPR 2022): a deformable transformer encoder over the three coarse maps of
+a backbone, and one step of a feature pyramid down to stride 4."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyvseg.layers.position import sine_code_2d
+from pyvseg.ops import ms_deform_attn_fused
+
+Shapes = list[tuple[int, int]]
+
+
+class PixelFeatures(NamedTuple):
+    """What the pixel decoder makes of B images.
+
+    masks    (B, M, H/4, W/4) features whose dot product with a query's mask embedding is its mask
+    levels   three maps (B, C, h, w) at strides 32, 16, 8
+    finest   (B, C, H/4, W/4), what `masks` are projected from
+    """
+
+    masks: Tensor
+    levels: list[Tensor]
+    finest: Tensor
+
+
+class DeformableSelfAttention(nn.Module):
+    """Multi-scale deformable attention of the maps' pixels to each other."""
+
+    def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(width, heads * levels * points)
+        self.value_proj = nn.Linear(width, width)
+        self.output_proj = nn.Linear(width, width)
+        self._reset()
+
+    def _reset(self) -> None:
+        """Every head looks in its own direction, its points 1, 2, ... pixels away, all with equal weight."""
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.points + 1).view(1, 1, -1, 1)
+        offsets = direction[:, None, None] * steps.expand(self.heads, self.levels, -1, 1)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.flatten())
+        for layer in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, query: Tensor, x: Tensor, shapes: Shapes, centres: Tensor) -> Tensor:
+        """query and x (B, S, C), `shapes` the (height, width) of the maps, centres (S, 2) of their pixels -> (B, S, C)."""
+        value = self.value_proj(x).unflatten(-1, (self.heads, -1))
+        places = (self.heads, self.levels, self.points)
+        offsets = self.sampling_offsets(query).unflatten(-1, (*places, 2))
+        logits = self.attention_weights(query).unflatten(-1, places)
+        reference = centres[None, :, None].expand(len(x), -1, self.levels, -1)
+        return self.output_proj(ms_deform_attn_fused(value, shapes, reference, offsets, logits))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int) -> None:
+        super().__init__()
+        self.self_attn = DeformableSelfAttention(width, heads, levels, points)
+        self.norm1 = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, width)
+        self.norm2 = nn.LayerNorm(width)
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight)
+
+    def forward(self, x: Tensor, position: Tensor, shapes: Shapes, centres: Tensor) -> Tensor:
+        x = self.norm1(x + self.self_attn(x + position, x, shapes, centres))
+        return self.norm2(x + self.linear2(self.linear1(x).relu_()))
+
+
+class PixelDecoder(nn.Module):
+    """Backbone maps to `PixelFeatures`.
+
+    channels      of the backbone's maps at strides 4, 8, 16, 32
+    width         channels inside, a multiple of 32
+    mask_width    channels of the mask features
+    heads, points, layers, hidden   of the deformable encoder
+    """
+
+    GROUPS = 32
+
+    def __init__(
+        self, channels: tuple[int, ...], width: int, mask_width: int, *, heads: int, points: int = 4, layers: int = 6, hidden: int = 1024
+    ) -> None:
+        super().__init__()
+        coarse = channels[:0:-1]
+        self.input_proj = nn.ModuleList(nn.Sequential(nn.Conv2d(c, width, 1), nn.GroupNorm(self.GROUPS, width)) for c in coarse)
+        self.level_embed = nn.Parameter(torch.randn(len(coarse), width))
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, len(coarse), points, hidden) for _ in range(layers))
+        self.adapter_1 = nn.Sequential(nn.Conv2d(channels[0], width, 1, bias=False), nn.GroupNorm(self.GROUPS, width))
+        self.layer_1 = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(self.GROUPS, width), nn.ReLU(inplace=True))
+        self.mask_features = nn.Conv2d(width, mask_width, 1)
+        for projection in self.input_proj:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+        for conv in (self.adapter_1[0], self.layer_1[0], self.mask_features):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+        nn.init.zeros_(self.mask_features.bias)
+
+    def forward(self, maps: list[Tensor]) -> PixelFeatures:
+        """The backbone's maps (B, channels[i], H/2**(i+2), W/2**(i+2)), finest first."""
+        coarse = [projection(x) for projection, x in zip(self.input_proj, maps[:0:-1])]
+        shapes = [tuple(x.shape[-2:]) for x in coarse]
+        x = self.encode(torch.cat([x.flatten(2).transpose(1, 2) for x in coarse], 1), shapes)
+        parts = x.split([h * w for h, w in shapes], 1)
+        levels = [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes)]
+        lateral = self.adapter_1(maps[0])
+        lateral = lateral + F.interpolate(levels[-1], lateral.shape[-2:], mode="bilinear", align_corners=False)
+        finest = self.layer_1(lateral)
+        return PixelFeatures(self.mask_features(finest), levels, finest)
+
+    def encode(self, x: Tensor, shapes: Shapes) -> Tensor:
+        """The deformable encoder: tokens (B, S, C) of the coarse maps, stride 32 first."""
+        codes = [sine_code_2d(*shape, x.shape[-1], x.device, x.dtype) for shape in shapes]
+        position = torch.cat([code + embed for code, embed in zip(codes, self.level_embed)])
+        centres = torch.cat([_centres(*shape, x.device) for shape in shapes])
+        for layer in self.layers:
+            x = layer(x, position, shapes, centres)
+        return x
+
+
+def _centres(height: int, width: int, device: torch.device) -> Tensor:
+    """(height * width, 2) normalised (x, y) of every pixel's centre, row by row."""
+    y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+    x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+    return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1).flatten(0, 1)

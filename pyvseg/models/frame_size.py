@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a frame's pixels lie in the input of the detectron2 family: resized to a shorter side, padded right and below."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyvseg.video.resize import resize_bilinear
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class FrameSize:
+    """Sizes (height, width): of the video, of the resized frame, and of the network's input, a multiple of 32 that is padded to."""
+
+    source: Size
+    resized: Size
+    padded: Size
+
+    @classmethod
+    def of(cls, height: int, width: int, short_side: int | None, long_side: int = 1333, multiple: int = 32) -> FrameSize:
+        """The shorter side becomes `short_side` unless the longer one would pass `long_side`; None leaves the frame as it is."""
+        resized = (height, width)
+        if short_side is not None:
+            scale = short_side / min(resized)
+            sides = [short_side if s == min(resized) else scale * s for s in resized]
+            if max(sides) > long_side:
+                shrink = long_side / max(sides)
+                sides = [s * shrink for s in sides]
+            resized = tuple(max(1, int(s + 0.5)) for s in sides)
+        return cls((height, width), resized, tuple(s + -s % multiple for s in resized))
+
+    def input(self, images: np.ndarray, mean: tuple, std: tuple, device: torch.device | str = "cpu") -> Tensor:
+        """uint8 RGB (T, H, W, 3) -> normalised, padded network input (T, 3, h, w), float32, channels last in memory."""
+        if self.resized != self.source:
+            images = resize_bilinear(images, self.resized)
+        x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
+        x = (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
+        padding = (0, self.padded[1] - self.resized[1], 0, self.padded[0] - self.resized[0])
+        return F.pad(x, padding).contiguous(memory_format=torch.channels_last)
+
+    def upsample(self, logits: Tensor) -> Tensor:
+        """Stride-4 mask logits (N, T, h, w) -> logits over the resized frame (N, T, *resized): up to the padded size, then cut."""
+        logits = F.interpolate(logits.float(), self.padded, mode="bilinear", align_corners=False)
+        return logits[..., : self.resized[0], : self.resized[1]]
+
+    def to_source(self, logits: Tensor) -> Tensor:
+        """Logits over the resized frame -> over the video's own frame. Two resizings as published: one alone differs at borders."""
+        if self.resized == self.source:
+            return logits
+        return F.interpolate(logits, self.source, mode="bilinear", align_corners=False)
