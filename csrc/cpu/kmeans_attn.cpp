@@ -24,7 +24,7 @@ struct Problem {
 };
 
 struct Kernels {
-  int64_t (*words)(const Problem&, bool of_clusters);  // packed clusters, or a packed tile of positions
+  int64_t (*words)(const Problem&, bool of_clusters);  // of packed clusters, or of a packed tile and its logits
   void (*pack_clusters)(const Problem&, uint32_t* packed);
   void (*chunk)(const Problem&, const uint32_t* packed, uint32_t* tile, int64_t begin, int64_t end, float* bins);
   void (*add_up)(const kmeans::Totals&, int64_t begin, int64_t end);
@@ -37,6 +37,7 @@ using namespace kmeans;
 
 constexpr int kRows = kLanes == 16 ? 8 : 4, kColumns = 3;  // clusters x vectors of positions that accumulate in registers
 constexpr int kTile = kColumns * kLanes;
+constexpr int64_t kDepth = 128;  // steps of a tile that stay in L1 while all clusters pass
 static_assert(kRun % kTile == 0 && kLanes % kRows == 0);
 
 #if defined(__AVX512BF16__)
@@ -121,18 +122,29 @@ PYVSEG_INLINE vfloat multiply_add(vfloat sum, const uint32_t* positions, const u
   return sum + load((const float*)positions) * x;
 }
 
-// Logits of kRows clusters from `n` on at a tile, up to scale and bias.
+// Adds the products of kRows clusters with a tile over `steps`.
 template <bool pairs>
 PYVSEG_INLINE void products(const uint32_t* tile, const uint32_t* cluster, int64_t steps, vfloat sum[kRows][kColumns]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 3
-    for (int j = 0; j < kColumns; ++j) sum[r][j] = vfloat{};
   for (int64_t s = 0; s < steps; ++s, tile += kTile, cluster += kLanes)
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
       for (int j = 0; j < kColumns; ++j) sum[r][j] = multiply_add<pairs>(sum[r][j], tile + j * kLanes, cluster + r);
+}
+
+// The products over all steps but the last kDepth or fewer, as (clusters, tile), where there are more.
+template <bool pairs>
+int64_t begin_products(const uint32_t* packed, const uint32_t* tile, int64_t clusters, int64_t steps, float* begun) {
+  int64_t first = 0;
+  for (; first + kDepth < steps; first += kDepth)
+    for (int64_t n = 0; n < clusters; n += kRows) {
+      vfloat sum[kRows][kColumns] = {};
+      float* row = begun + n * kTile;
+      if (first) __builtin_memcpy(sum, row, sizeof sum);
+      products<pairs>(tile + first * kTile, packed + (n / kLanes * steps + first) * kLanes + n % kLanes, kDepth, sum);
+      __builtin_memcpy(row, sum, sizeof sum);
+    }
+  return first;
 }
 
 // Not inlined, so that `logit` need not be in memory where logits are not wanted.
@@ -160,16 +172,19 @@ PYVSEG_INLINE void consider_all(Best& best, const vfloat logit[kRows][kColumns],
 // What the tile's run will sum and the next tile are fetched meanwhile. Returns whether a logit was NaN; if so, what it
 // has assigned is right only where it was careful.
 template <typename T, bool careful>
-bool assign_tile(const Problem& p, const uint32_t* packed, const uint32_t* tile, int64_t first, int64_t live) {
+bool assign_tile(const Problem& p, const uint32_t* packed, uint32_t* tile, int64_t first, int64_t live) {
   const int64_t steps = steps_of(p.pixel), clusters = p.clusters.positions, blocks = (clusters + kRows - 1) / kRows;
   const float *scale = scales(p, packed), *bias = scale + padded_clusters(p);
+  float* begun = (float*)tile + steps * kTile;
+  const int64_t done = begin_products<kPairs<T>>(packed, tile, clusters, steps, begun);
   Best best[kColumns];
   vfloat total[kColumns] = {};  // NaN if a logit is
   for (int64_t n = 0; n < clusters; n += kRows) {
     prefetch(p.pixel, first + kTile, smaller(kTile, p.pixel.positions - first - kTile), n / kRows, blocks);
     prefetch(p.value, first, live, n / kRows, blocks);
-    vfloat logit[kRows][kColumns];
-    products<kPairs<T>>(tile, packed + n / kLanes * steps * kLanes + n % kLanes, steps, logit);
+    vfloat logit[kRows][kColumns] = {};
+    if (done) __builtin_memcpy(logit, begun + n * kTile, sizeof logit);
+    products<kPairs<T>>(tile + done * kTile, packed + (n / kLanes * steps + done) * kLanes + n % kLanes, steps - done, logit);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
@@ -194,7 +209,8 @@ bool assign_tile(const Problem& p, const uint32_t* packed, const uint32_t* tile,
 }
 
 int64_t words(const Problem& p, bool of_clusters) {
-  return of_clusters ? (steps_of(p.pixel) + 2) * padded_clusters(p) : steps_of(p.pixel) * kTile;
+  const int64_t steps = steps_of(p.pixel), clusters = padded_clusters(p);
+  return of_clusters ? (steps + 2) * clusters : (steps + (steps > kDepth ? clusters : 0)) * kTile;
 }
 
 void pack_clusters(const Problem& p, uint32_t* packed) {

@@ -76,35 +76,85 @@ PYVSEG_INLINE void consider(Best& best, vfloat score, int32_t cluster) {
   best.cluster = better ? splat(cluster) : best.cluster;
 }
 
-constexpr int kWide = 4;  // vectors of channels: one alone would wait for the bin that it has just stored
-
-// Adds the values of up to kWide vectors of channels at up to kLanes positions to their bins.
-template <typename T>
-PYVSEG_INLINE void add_square(const T* from, int64_t channel_stride, int64_t channels, int64_t positions, float* bins,
-                              const int64_t* offset) {
-  vuint v[kWide][kLanes];
-  const int wide = channels >= kWide * kLanes ? kWide : int((channels + kLanes - 1) / kLanes);
-  for (int w = 0; w < wide; ++w, from += kLanes * channel_stride) {
-    vuint square[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      square[i] = w * kLanes + i < channels ? (vuint)load_some(from + i * channel_stride, positions) : vuint{};
-    transpose(square);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) v[w][i] = square[i];
-  }
-  for (int i = 0; i < smaller(kLanes, positions); ++i)
+// Adds `row(i, w)`, the w-th vector of channels at position i, to the position's bin. Neighbours of one cluster are added
+// up before: a bin is slow to load when it has just been stored.
+template <int wide, typename Row>
+PYVSEG_INLINE void add_rows(int64_t positions, const int64_t* offset, float* bins, const Row& row) {
+  vfloat sum[wide] = {};
+  for (int64_t i = 0; i < positions; ++i) {
+    if (i && offset[i] != offset[i - 1])
 #pragma GCC unroll 4
-    for (int w = 0; w < wide; ++w) {
-      float* bin = bins + offset[i] + w * kLanes;
-      store(bin, load(bin) + (vfloat)v[w][i]);
+      for (int w = 0; w < wide; ++w) {
+        float* bin = bins + offset[i - 1] + w * kLanes;
+        store(bin, load(bin) + sum[w]);
+        sum[w] = vfloat{};
+      }
+#pragma GCC unroll 4
+    for (int w = 0; w < wide; ++w) sum[w] += row(i, w);
+  }
+#pragma GCC unroll 4
+  for (int w = 0; w < wide; ++w) {
+    float* bin = bins + offset[positions - 1] + w * kLanes;
+    store(bin, load(bin) + sum[w]);
+  }
+}
+
+// Positions of a square: as many as a row of words holds.
+template <typename T>
+constexpr int kSpan = __is_same(T, bfloat16) ? 2 * kLanes : kLanes;
+
+// Up to kLanes channels at up to kSpan positions, where positions are adjacent; zeros where there are fewer.
+template <typename T>
+PYVSEG_INLINE void turn(const T* from, int64_t channel_stride, int64_t channels, int64_t positions, vfloat out[kSpan<T>]) {
+  vuint v[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    const T* row = from + i * channel_stride;
+    if constexpr (__is_same(T, bfloat16)) {
+      v[i] = vuint{};
+      if (i < channels) __builtin_memcpy(&v[i], row, positions >= kSpan<T> ? sizeof v[i] : size_t(positions) * sizeof(T));
+    } else {
+      v[i] = i < channels ? (vuint)load_some(row, positions) : vuint{};
     }
+  }
+  transpose(v);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if constexpr (__is_same(T, bfloat16)) {
+      out[2 * i] = (vfloat)(v[i] << 16);
+      out[2 * i + 1] = (vfloat)(v[i] & 0xffff0000);
+    } else {
+      out[i] = (vfloat)v[i];
+    }
+  }
+}
+
+// `wide` vectors of channels from `first` on at positions begin..end, at most kRun of them.
+template <typename T, int wide>
+void add_channels(const Map& map, int64_t first, int64_t begin, int64_t end, const int64_t* offset, float* bins) {
+  const T* from = (const T*)map.data + first * map.channel_stride + begin * map.position_stride;
+  const int64_t channels = smaller(map.channels - first, wide * kLanes);
+  if (!positions_adjacent(map))
+    return add_rows<wide>(end - begin, offset, bins, [&](int64_t i, int w) {
+      return load_some(from + i * map.position_stride + w * kLanes, wide > 1 ? kLanes : channels);
+    });
+  for (int64_t m = 0; m < end - begin; m += kSpan<T>) {
+    const int64_t positions = smaller(end - begin - m, kSpan<T>);
+    vfloat rows[wide][kSpan<T>];
+    for (int w = 0; w < wide; ++w) {
+      const T* square = from + w * kLanes * map.channel_stride + m;
+      if (channels == wide * kLanes && positions == kSpan<T>)
+        turn(square, map.channel_stride, kLanes, kSpan<T>, rows[w]);
+      else
+        turn(square, map.channel_stride, channels - w * kLanes, positions, rows[w]);
+    }
+    add_rows<wide>(positions, offset + m, bins, [&](int64_t i, int w) { return rows[w][i]; });
+  }
 }
 
 // Positions begin..end, at most kRun of them. One more row of bins takes those whose cluster is none of 0..clusters-1.
 template <typename T>
 void add_values(const Map& map, int64_t begin, int64_t end, const int32_t* assign, int64_t clusters, float* bins) {
-  const T* value = (const T*)map.data;
   const int64_t stride = bin_stride(map.channels), column = count_column(map.channels);
   int64_t offset[kRun];
   for (int64_t m = begin; m < end; ++m) {
@@ -112,25 +162,9 @@ void add_values(const Map& map, int64_t begin, int64_t end, const int32_t* assig
     offset[m - begin] = cluster * stride;
     bins[cluster * stride + column] += 1;
   }
-  if (positions_adjacent(map)) {
-    for (int64_t c = 0; c < map.channels; c += kWide * kLanes) {
-      const T* row = value + c * map.channel_stride;
-      const int64_t live = map.channels - c;
-      int64_t m = begin;
-      if (live >= kWide * kLanes)
-        for (; m + kLanes <= end; m += kLanes)
-          add_square(row + m, map.channel_stride, kWide * kLanes, kLanes, bins + c, offset + m - begin);
-      for (; m < end; m += kLanes) add_square(row + m, map.channel_stride, live, end - m, bins + c, offset + m - begin);
-    }
-  } else {
-    for (int64_t m = begin; m < end; ++m) {
-      const T* row = value + m * map.position_stride;
-      float* bin = bins + offset[m - begin];
-      int64_t c = 0;
-      for (; c + kLanes <= map.channels; c += kLanes) store(bin + c, load(bin + c) + load(row + c));
-      if (c < map.channels) store(bin + c, load(bin + c) + load_some(row + c, map.channels - c));
-    }
-  }
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= map.channels; c += 4 * kLanes) add_channels<T, 4>(map, c, begin, end, offset, bins + c);
+  for (; c < map.channels; c += kLanes) add_channels<T, 1>(map, c, begin, end, offset, bins + c);
 }
 
 void add_run(const Map& value, int64_t begin, int64_t end, const int32_t* assign, int64_t clusters, float* bins) {

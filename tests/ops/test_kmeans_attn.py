@@ -21,7 +21,7 @@ SHAPES = [  # B, C, M, N, D; tiles of positions are 48, 24 or 12, runs 192, bloc
     (3, 8, 1, 5, 8),
     (1, 1, 47, 1, 1),
 ]
-LARGE = [(1, 128, 1300, 128, 256), (2, 67, 501, 41, 83)]
+LARGE = [(1, 128, 1300, 128, 256), (2, 67, 501, 41, 83), (1, 300, 150, 20, 65)]
 every = pytest.mark.parametrize("implementation", implementations("kmeans_attn"), indirect=True)
 NAN, INF = float("nan"), float("inf")
 
