@@ -99,6 +99,16 @@ inline unsigned blocks(int64_t work, int64_t each) {
   return unsigned(n);
 }
 
+// The same pointer, which the compiler no longer takes for the sum that it came from: without it a base that stays the
+// same in a loop is computed anew together with every offset.
+template <typename T>
+__device__ inline T* opaque(T* p) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+l"(p));
+#endif
+  return p;
+}
+
 template <typename T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
@@ -118,6 +128,12 @@ void for_number(const Tensor& t, F&& f) {
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(float16 x) { return __half2float(x); }
+
+__device__ inline float bits_to_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
 
 template <typename T>
 __device__ inline T from_float(float x) {
@@ -148,9 +164,16 @@ __device__ inline void load(const T* p, float (&x)[N]) {
     } else {
       word = *reinterpret_cast<const W*>(p + i);
     }
-    memcpy(numbers, &word, sizeof word);
+    if constexpr (std::is_same_v<T, bfloat16> && kEach > 1) {  // one instruction a number, where the conversion takes two for odd ones
+      uint32_t pairs[kEach / 2];
+      memcpy(pairs, &word, sizeof word);
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) x[i + j] = to_float(numbers[j]);
+      for (int j = 0; j < kEach; ++j) x[i + j] = bits_to_float(j % 2 ? pairs[j / 2] & 0xffff0000u : pairs[j / 2] << 16);
+    } else {
+      memcpy(numbers, &word, sizeof word);
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) x[i + j] = to_float(numbers[j]);
+    }
   }
 }
 
