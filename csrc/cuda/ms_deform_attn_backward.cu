@@ -303,9 +303,14 @@ Tensor run(const Inputs& in, const Problem<Value, Geometry>& p, const Tensor& gr
 template <bool Fused>
 std::vector<Tensor> run(const Inputs& in, const Tensor& given, bool deterministic) {
   const OnDeviceOf device(in.value);
-  std::vector<Tensor> grads{torch::stable::new_zeros(in.value, in.value.sizes())};
-  for (const Tensor& t : in.geometry) grads.push_back(torch::stable::new_zeros(t, t.sizes()));
-  if (given.numel() == 0 || in.geometry[1].numel() == 0) return grads;
+  const bool empty = given.numel() == 0 || in.geometry[1].numel() == 0;
+  std::vector<Tensor> grads{in.value};  // value's is made below
+  for (const Tensor& t : in.geometry)
+    grads.push_back(empty ? torch::stable::new_zeros(t, t.sizes()) : torch::stable::empty_like(t));
+  if (empty) {
+    grads[0] = torch::stable::new_zeros(in.value, in.value.sizes());
+    return grads;
+  }
   const Tensor grad = dense(given);
   in.visit([&](const auto& p) {
     using Value = std::remove_const_t<std::remove_pointer_t<decltype(p.value)>>;
