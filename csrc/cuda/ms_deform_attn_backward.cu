@@ -214,7 +214,7 @@ __device__ void differentiate(const Problem<Value, Geometry>& p, const Value* gr
 }
 
 template <bool Whole, bool Fused, typename Value, typename Geometry, typename Sum>
-__global__ void __launch_bounds__(kQueries* kGroup, Fused ? 2 : 3)
+__global__ void __launch_bounds__(kQueries* kGroup, Fused || !Whole ? 2 : 3)
     backward(const __grid_constant__ Problem<Value, Geometry> p, const Value* grad, Gradients<Geometry, Sum> to) {
   if constexpr (std::is_same_v<Sum, Fixed>) to.value.scale = units(*to.value.bounds, p.Q * p.P);
   for (int64_t image = blockIdx.z; image < p.B; image += gridDim.z)
