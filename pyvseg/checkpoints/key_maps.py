@@ -32,6 +32,7 @@ MASK2FORMER = [
     (r"^sem_seg_head\.pixel_decoder\.", "pixel_decoder."),
     (r"^sem_seg_head\.predictor\.", "decoder."),
     (r"^decoder\.static_query\.", "decoder.query_feat."),
+    (r"^decoder\.reid_embed\.", "reid_embed."),
     (r"^backbone\.stem\.", "backbone."),
     (r"^backbone\.res2\.", "backbone.layer1."),
     (r"^backbone\.res3\.", "backbone.layer2."),

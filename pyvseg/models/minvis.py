@@ -59,7 +59,7 @@ class MinVIS(Mask2Former):
     def finish(self, state: MinVISState, top: int = TOP) -> VideoInstances:
         """The tracks of the video so far. A track's class is that of its mean logits."""
         probabilities = (state.logits / state.frames).softmax(-1)[:, :-1]
-        return render(Selection.best(probabilities, top), state.frames, state.size, state.masks.get, quality=False)
+        return render(Selection.best(probabilities, top), state.frames, state.size, state.masks.get)
 
 
 def match(before: Tensor, after: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from tempfile import SpooledTemporaryFile
+from typing import Literal
 
 import numpy as np
 import torch
@@ -140,12 +141,13 @@ class Selection:
 
 
 def render(
-    chosen: Selection, frames: int, size: FrameSize, logits_at: Callable[[int, list[int]], tuple[list[int], Tensor]], *, quality: bool
+    chosen: Selection, frames: int, size: FrameSize, logits_at: Callable[[int, list[int]], tuple[list[int], Tensor]], *, quality: Literal["resized", "source"] | None = None
 ) -> VideoInstances:
     """Full-size masks of the chosen objects, frame by frame, encoded at once.
 
     logits_at   (frame, objects) -> positions of the objects that are there, and their stride-4 logits (P, h, w)
-    quality     scores are multiplied by the mean mask probability inside the mask over all frames
+    quality     scores are multiplied by the mean mask probability inside the mask over all frames, at the size of the resized
+                frames (VITA, GenVIS) or of the video's own (CTVIS)
     """
     objects = list(dict.fromkeys(chosen.objects.tolist()))
     segments: dict[int, list[dict | None]] = {name: [None] * frames for name in objects}
@@ -155,16 +157,18 @@ def render(
         present, logits = logits_at(t, objects)
         for start in range(0, len(present), step):
             some = present[start : start + step]
-            full = size.upsample(logits[None, start : start + step])[0]
-            if quality:
-                inside[some] += (full > 0).flatten(1).sum(1).float().cpu()
-                total[some] += (full.sigmoid() * (full > 0)).flatten(1).sum(1).cpu()
-            masks = (size.to_source(full[None])[0] > 0).cpu().numpy()
+            full = size.upsample(logits[None, start : start + step])
+            shown = size.to_source(full)[0]
+            if quality is not None:
+                judged = full[0] if quality == "resized" else shown
+                inside[some] += (judged > 0).flatten(1).sum(1).float().cpu()
+                total[some] += (judged.sigmoid() * (judged > 0)).flatten(1).sum(1).cpu()
+            masks = (shown > 0).cpu().numpy()
             set_somewhere = masks.any((1, 2))
             for i, rle in zip(np.array(some)[set_somewhere], encode_masks(masks[set_somewhere])):
                 segments[objects[i]][t] = rle
     scores = chosen.scores.float().cpu()
-    if quality:
+    if quality is not None:
         scores = scores * (total / (inside + 1e-6))[[objects.index(name) for name in chosen.objects.tolist()]]
     order = scores.argsort(descending=True, stable=True)
     labels, names = chosen.labels.cpu()[order], chosen.objects.cpu()[order]

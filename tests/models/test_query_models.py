@@ -34,7 +34,7 @@ def small():
     return lambda cls, **changes: cls(Mask2FormerSettings(**{**vars(SMALL), **changes})).eval()
 
 
-@pytest.mark.parametrize("name", ["mask2former-small", "mask2former-swin", "mask2former-video", "minvis-small"])
+@pytest.mark.parametrize("name", ["mask2former-small", "mask2former-swin", "mask2former-video", "minvis-small", "ops-track_ctvis", "ctvis-small"])
 def test_stored_cases_agree(name):
     report = verify_case(shared("parity", name))
     assert report.passed, report.summary() + "\n" + "\n".join(str(line) for line in report.lines if line.failed)
@@ -232,7 +232,7 @@ def test_quality_and_sharing_of_masks():
     logits[0] = 3.0
     chosen = Selection(torch.tensor([0.5, 0.4, 0.9]), torch.tensor([7, 7, 9]), torch.tensor([0, 1, 0]))
     at = {7: logits[0], 9: logits[1]}
-    found = render(chosen, 3, size, lambda t, names: (list(range(len(names))), torch.stack([at[n] for n in names])), quality=True)
+    found = render(chosen, 3, size, lambda t, names: (list(range(len(names))), torch.stack([at[n] for n in names])), quality="resized")
     assert found.objects.tolist() == [7, 7, 9] and found.labels.tolist() == [0, 1, 0]
     np.testing.assert_allclose(found.scores, [0.5 * 0.95257413, 0.4 * 0.95257413, 0], rtol=1e-5)
     assert found.masks(0).all() and not found.masks(2).any() and found.segments[9] == [None] * 3

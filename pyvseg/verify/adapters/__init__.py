@@ -12,6 +12,7 @@ A new system adds one file here and one row below.
 """
 
 from pyvseg.verify.adapters import (
+    ctvis,
     mask2former,
     metrics_vos,
     minvis,
@@ -24,6 +25,7 @@ from pyvseg.verify.adapters import (
 from pyvseg.verify.adapters.not_covered import NotCovered
 
 ADAPTERS = {
+    "ctvis": ctvis.run,
     "mask2former": mask2former.run,
     "mask2former-video": minvis.run_joint,
     "metrics-vos": metrics_vos.run,
