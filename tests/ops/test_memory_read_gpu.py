@@ -13,13 +13,16 @@ from tests.ops.numerics import assert_as_exact
 on_gpus = pytest.mark.parametrize(
     "implementation", [each for each in implementations("memory_read") if each.values[0].isa is None], indirect=True
 )
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [  # B, N, M, O, CK, CV, top_k
-    (1, 300, 70, 2, 64, 64, 20),
-    (2, 97, 13, 3, 33, 7, 5),
-    (1, 20, 5, 1, 16, 40, 20),
-    (1, 1, 1, 1, 1, 1, 1),
-    (1, 150, 3, 1, 40, 24, 130),
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+CASES = [  # B, N, M, O, CK, CV, top_k, dtype
+    (1, 140, 12, 2, 64, 64, 20, F32),
+    (1, 140, 12, 2, 64, 64, 20, BF16),
+    (1, 140, 12, 1, 64, 64, 20, F16),
+    (2, 97, 3, 3, 33, 7, 5, F32),
+    (2, 40, 3, 2, 33, 7, 5, BF16),
+    (1, 20, 3, 1, 16, 40, 20, F32),
+    (1, 1, 1, 1, 1, 1, 1, F32),
+    (1, 150, 2, 1, 40, 24, 130, F16),
 ]
 
 
@@ -27,10 +30,9 @@ def inputs(B: int, N: int, M: int, O: int, CK: int, CV: int, dtype=torch.float32
     return torch.randn(B, N, CK).to(dtype), torch.randn(B, O, N, CV).to(dtype), torch.randn(B, M, CK).to(dtype)
 
 
-def kept(implementation: Implementation, key: Tensor, value: Tensor, query: Tensor, top_k: int, dot: bool = False) -> tuple[Tensor, Tensor]:
-    """(B, M, top_k) positions that the kernel keeps and their weights, on the CPU."""
-    _, index, weight = _dispatch.kernels(implementation.backend).memory_read(*implementation.place(key, value, query), top_k, dot)
-    return index.long().cpu(), weight.cpu()
+def kept(implementation: Implementation, key: Tensor, value: Tensor, query: Tensor, top_k: int) -> Tensor:
+    """(B, M, top_k) positions that the kernel keeps."""
+    return _dispatch.kernels(implementation.backend).memory_read(*implementation.place(key, value, query), top_k)[1].long().cpu()
 
 
 def read_of(key: Tensor, value: Tensor, query: Tensor, index: Tensor, dot: bool = False) -> Tensor:
@@ -42,35 +44,42 @@ def read_of(key: Tensor, value: Tensor, query: Tensor, index: Tensor, dot: bool 
 
 
 @on_gpus
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_forward_and_gradients(implementation, shape, dtype):
-    *sizes, k = shape
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_gradients(implementation, case):
+    *sizes, k, dtype = case
     args = inputs(*sizes, dtype)
     exact = [t.double() for t in args]
-    index, _ = kept(implementation, *args, k)
-    S = similarity(exact[0], exact[2])
-    best, chosen = S.topk(k).values, S.gather(-1, index).sort(-1, descending=True).values
-    assert (index.diff(dim=-1) > 0).all(), "positions are ascending"
-    assert (best - chosen).abs().max() <= 1e-5 * S.abs().max()
-
     out_grad = torch.randn(sizes[0], sizes[3], sizes[2], sizes[5]).to(dtype)
 
     def run(function, tensors) -> list[Tensor]:
         leaves = [t.detach().clone().requires_grad_() for t in tensors]
-        out = function(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, out_grad.to(out))]
+        out, *others = function(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, out_grad.to(out)), *others]
 
-    ours = run(lambda *t: memory_read(*t, top_k=k, backend=implementation.backend), implementation.place(*args))
-    same, expected = (run(lambda *t: read_of(*t, index), tensors) for tensors in (args, exact))
+    *ours, index, _ = run(lambda *t: _dispatch.kernels(implementation.backend).memory_read(*t, k), implementation.place(*args))
+    index = index.long().cpu()
+    S = similarity(exact[0], exact[2])
+    best, chosen = S.topk(k).values, S.gather(-1, index).sort(-1, descending=True).values
+    assert (index.diff(dim=-1) > 0).all(), "positions are ascending"
+    assert (best - chosen).abs().max() <= 1e-5 * S.abs().max()
+    same, expected = (run(lambda *t: [read_of(*t, index)], tensors) for tensors in (args, exact))
     for what, mine, *two in zip(("readout", "memory_key", "memory_value", "query_key"), ours, same, expected, strict=True):
         assert_as_exact(mine.cpu(), *two, what=what)
 
 
 @on_gpus
+def test_tiles_and_chunks_of_queries(implementation, monkeypatch):
+    if implementation.backend == "triton":
+        monkeypatch.setattr("pyvseg.kernels.memory_read._BUFFER_WORDS", 800)  # 66 queries a chunk
+    for N in (16,) if implementation.backend == "triton" else (16, 600):
+        args = inputs(1, N, 70, 1, 8, 1)
+        assert torch.equal(kept(implementation, *args, 1), similarity(args[0], args[2]).argmax(-1, keepdim=True))
+
+
+@on_gpus
 def test_dot_form(implementation):
     """Shrinkage and selection: the similarity is a plain product of wider keys."""
-    args = inputs(1, 90, 11, 2, 24, 16)
+    args = inputs(1, 90, 4, 2, 24, 16)
     leaves = [t.requires_grad_() for t in implementation.place(*args)]
     out, index, _ = _dispatch.kernels(implementation.backend).memory_read(*leaves, 9, True)
     mine = [out, *torch.autograd.grad(out.square().sum(), leaves)]
@@ -84,21 +93,21 @@ def test_dot_form(implementation):
 
 
 @on_gpus
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [F32, BF16])
 def test_equal_scores_keep_the_earlier_position(implementation, dtype):
     base = torch.randn(1, 40, 16).to(dtype)
-    query = torch.randn(1, 5, 16).to(dtype)
+    query = torch.randn(1, 3, 16).to(dtype)
     order = (similarity(base.double(), query.double()).argsort(-1, descending=True)[..., None] + torch.tensor([0, 40, 80])).flatten(-2)
-    for k in (1, 2, 5, 50):
-        index, _ = kept(implementation, base.repeat(1, 3, 1), torch.zeros(1, 1, 120, 1).to(dtype), query, k)
+    for k in (2, 5, 50):
+        index = kept(implementation, base.repeat(1, 3, 1), torch.zeros(1, 1, 120, 1).to(dtype), query, k)
         assert torch.equal(index, order[..., :k].sort(-1).values)
 
 
 @on_gpus
 @pytest.mark.parametrize("where", ["memory_key", "memory_value", "query_key"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_inputs_propagate_as_in_the_reference(implementation, where, bad):
-    args = dict(zip(("memory_key", "memory_value", "query_key"), inputs(1, 60, 9, 1, 16, 8), strict=True))
+    args = dict(zip(("memory_key", "memory_value", "query_key"), inputs(1, 60, 4, 1, 16, 8), strict=True))
     args[where].flatten()[::67] = bad
     expected = memory_read(**args, top_k=8, backend="reference")
     leaves = dict(zip(args, (t.requires_grad_() for t in implementation.place(*args.values())), strict=True))
@@ -110,7 +119,7 @@ def test_non_finite_inputs_propagate_as_in_the_reference(implementation, where, 
 @on_gpus
 def test_strides_and_alignment_change_nothing(implementation):
     bank = torch.randn(2, 300, 48), torch.randn(2, 5, 300, 40), torch.randn(2, 48, 77)
-    args = bank[0][:, 10:100:2, 1:17], bank[1][:, 1:4, 10:100:2, 3:27], bank[2][:, :16, :9].transpose(1, 2)
+    args = bank[0][:, 10:60:2, 1:17], bank[1][:, 1:3, 10:60:2, 3:27], bank[2][:, :16, :4].transpose(1, 2)
 
     def run(tensors) -> list[Tensor]:
         leaves = [t.requires_grad_() for t in tensors]
@@ -125,7 +134,7 @@ def test_strides_and_alignment_change_nothing(implementation):
 @on_gpus
 def test_gradient_is_deterministic(implementation):
     """Every query reads the same few positions: many readers each."""
-    key, value, query = implementation.place(*inputs(1, 6, 64, 1, 8, 8))
+    key, value, query = implementation.place(*inputs(1, 6, 20, 1, 8, 8))
 
     def run() -> list[Tensor]:
         leaves = [t.detach().requires_grad_() for t in (key, value, query)]
@@ -148,12 +157,12 @@ def test_foreign_indices_are_skipped(implementation):
 @on_gpus
 def test_opcheck(implementation):
     op = _dispatch.kernels(implementation.backend).memory_read.default
-    torch.library.opcheck(op, (*(t.requires_grad_() for t in implementation.place(*inputs(1, 20, 9, 2, 8, 8))), 5))
+    torch.library.opcheck(op, (*(t.requires_grad_() for t in implementation.place(*inputs(1, 20, 3, 2, 8, 8))), 5))
 
 
 @on_gpus
 def test_compile(implementation):
-    args = implementation.place(*inputs(1, 30, 9, 2, 16, 8))
+    args = implementation.place(*inputs(1, 30, 3, 2, 16, 8))
     read = lambda *t: memory_read(*t, top_k=7, backend=implementation.backend) * 2  # noqa: E731
     torch.testing.assert_close(torch.compile(read, fullgraph=True)(*args), read(*args))
 
