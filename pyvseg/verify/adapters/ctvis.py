@@ -10,12 +10,18 @@ import torch
 
 from pyvseg.models.ctvis import CTVIS, CTVISSettings, Detections
 from pyvseg.models.ctvis_tracker import Tracked, TrackerSettings, TrackerState, track
+from pyvseg.verify.adapters import set_criterion
 from pyvseg.verify.adapters.mask2former import build, every, network_taps, settings
 from pyvseg.verify.adapters.video_masks import network_input, tracks, video_taps
 
 
 def run(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> Iterator[tuple]:
-    yield from _system(manifest, weights, inputs) if weights else _tracker(manifest, inputs)
+    if weights:
+        yield from _system(manifest, weights, inputs)
+    elif "kind" in manifest["config"]:
+        yield from set_criterion.run(manifest, weights, inputs)
+    else:
+        yield from _tracker(manifest, inputs)
 
 
 def tracker_settings(config: dict) -> TrackerSettings:

@@ -16,6 +16,7 @@ from pyvseg.layers.mask_decoder import Prediction
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.image_results import instances, panoptic, semantic
 from pyvseg.models.mask2former import Mask2Former, Mask2FormerSettings
+from pyvseg.verify.adapters import set_criterion
 from pyvseg.verify.adapters.taps import Taps
 from pyvseg.verify.compare import Rule
 
@@ -23,6 +24,9 @@ MASK_RULE, BIT_RULE = Rule(mismatch=1e-3), Rule(mismatch=1e-3, bits=True)
 
 
 def run(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> Iterator[tuple]:
+    if not weights:
+        yield from set_criterion.run(manifest, weights, inputs)
+        return
     model = build(Mask2Former(settings(manifest["config"])), weights)
     taps = network_taps(model)
     images = [inputs[f"in/image.{i}"].transpose(1, 2, 0) for i in range(len(inputs["in/output_size"]))]

@@ -10,6 +10,7 @@ import torch
 
 from pyvseg.models.mask2former_video import Mask2FormerVideo
 from pyvseg.models.minvis import MinVIS
+from pyvseg.verify.adapters import set_criterion
 from pyvseg.verify.adapters.mask2former import build, every, network_taps, settings
 from pyvseg.verify.adapters.video_masks import network_input, tracks, video_taps
 
@@ -37,8 +38,12 @@ def run(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np.nda
     yield from tracks(model.finish(state, manifest["config"]["topk"]))
 
 
-@torch.inference_mode()
 def run_joint(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> Iterator[tuple]:
+    yield from _joint(manifest, weights, inputs) if weights else set_criterion.run(manifest, weights, inputs)
+
+
+@torch.inference_mode()
+def _joint(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> Iterator[tuple]:
     model = build(Mask2FormerVideo(settings(manifest["config"], joint=True)), weights)
     taps = network_taps(model)
     size, x = network_input(model, inputs)
