@@ -34,7 +34,13 @@ def small():
     return lambda cls, **changes: cls(Mask2FormerSettings(**{**vars(SMALL), **changes})).eval()
 
 
-@pytest.mark.parametrize("name", ["mask2former-small", "mask2former-swin", "mask2former-video", "minvis-small", "ops-track_ctvis", "ctvis-small"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mask2former-small", "mask2former-swin", "mask2former-video", "mask2former-loss", "mask2former-video-loss"),
+        *("minvis-small", "ops-track_ctvis", "ctvis-small", "ctvis-loss"),
+    ],
+)
 def test_stored_cases_agree(name):
     report = verify_case(shared("parity", name))
     assert report.passed, report.summary() + "\n" + "\n".join(str(line) for line in report.lines if line.failed)

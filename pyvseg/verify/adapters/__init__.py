@@ -21,11 +21,13 @@ from pyvseg.verify.adapters import (
     ops_memory_read,
     pcvos,
     stcn,
+    vita,
 )
 from pyvseg.verify.adapters.not_covered import NotCovered
 
 ADAPTERS = {
     "ctvis": ctvis.run,
+    "genvis": vita.run_genvis,
     "mask2former": mask2former.run,
     "mask2former-video": minvis.run_joint,
     "metrics-vos": metrics_vos.run,
@@ -35,6 +37,7 @@ ADAPTERS = {
     "ops-memory_read": ops_memory_read.run,
     "pcvos": pcvos.run,
     "stcn": stcn.run,
+    "vita": vita.run_vita,
 }
 
 __all__ = ["ADAPTERS", "NotCovered"]
