@@ -101,6 +101,18 @@ def kmeans_assign(d: Draw) -> dict:
     return dict(logits=d.tensor(*d.sizes(4)))
 
 
+def kernel_update(d: Draw) -> dict:
+    B, N, C, H, W = d.size(1, 2, 0), d.size(), d.size(1, 8, 33), *d.sizes(2)
+    masks, features = d.tensor(B, N, H, W), d.tensor(B, C, H, W)
+    updator = ops.KernelUpdator(C).to(d.dtype)
+    return dict(masks=masks, features=features, kernels=d.tensor(B, N, C), updator=updator, soft=d.pick((False, True)))
+
+
+def mask_pool(d: Draw) -> dict:
+    B, N, C, H, W = d.sizes(5)
+    return dict(masks=d.tensor(B, N, H, W), features=d.tensor(B, C, H, W), soft=d.pick((False, True)))
+
+
 def mask_costs(d: Draw) -> dict:
     N, M, T, H, W, K = d.sizes(6)
     targets = d.pick((d.mask, d.tensor))(M, T, H, W)
@@ -161,8 +173,8 @@ def point_sample(d: Draw) -> dict:
 
 RECIPES = {
     recipe.__name__: recipe
-    for recipe in (conv3x3, greedy_assignment, kmeans_assign, kmeans_attn, kmeans_pool, mask_costs, mask_iou, memory_match,
-                   memory_read, ms_deform_attn, ms_deform_attn_fused, pack_masks, point_sample)
+    for recipe in (conv3x3, greedy_assignment, kernel_update, kmeans_assign, kmeans_attn, kmeans_pool, mask_costs, mask_iou,
+                   mask_pool, memory_match, memory_read, ms_deform_attn, ms_deform_attn_fused, pack_masks, point_sample)
 } | {"hungarian_assignment": greedy_assignment}  # fmt: skip
 
 
@@ -180,8 +192,8 @@ def call(name: str, arguments: dict, gradients: bool) -> None:
     results = tensors_of(getattr(ops, name)(**arguments))
     for t in results:
         t.detach().clone()
-    if parts := [t.float().sum() for t in results if t.requires_grad]:
-        leaves = [t for t in tensors_of(tuple(arguments.values())) if t.requires_grad]
+    leaves = [t for t in tensors_of(tuple(arguments.values())) if t.requires_grad]
+    if leaves and (parts := [t.float().sum() for t in results if t.requires_grad]):
         for t in torch.autograd.grad(sum(parts), leaves, allow_unused=True):
             assert t is None or t.clone() is not None
 
