@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyvseg.ops import _dispatch
 
-__all__ = ["ms_deform_attn", "ms_deform_attn_fused"]
+__all__ = ["MSDeformAttn", "MultiScaleDeformableAttention", "ms_deform_attn", "ms_deform_attn_fused"]
 
 Shapes = Sequence[tuple[int, int]] | Tensor
 _SLOWER = "25 to 50 times"
@@ -122,8 +122,8 @@ def _sizes(spatial_shapes: Shapes) -> list[tuple[int, int]]:
     for size in (size for shape in shapes for size in shape):
         if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
             raise TypeError(f"spatial_shapes must be integers, got {shapes}")
-        if size < 0:
-            raise ValueError(f"spatial_shapes must not be negative, got {shapes}")
+        if not 0 <= size < 1 << 24:  # beyond it float32 cannot tell pixels apart
+            raise ValueError(f"spatial_shapes must lie in 0..2^24, got {shapes}")
     return shapes
 
 
@@ -199,3 +199,6 @@ def _register(op: str) -> None:
 
 for _op in ("ms_deform_attn", "ms_deform_attn_fused"):
     _register(_op)
+
+# Last, since the modules are built on the functions above.
+from pyvseg.ops._ms_deform_attn_module import MSDeformAttn, MultiScaleDeformableAttention  # noqa: E402

@@ -19,6 +19,7 @@ from pyvseg.verify.adapters import (
     ops_kernel_update,
     ops_kmeans_cross_attention,
     ops_memory_read,
+    ops_ms_deform_attn,
     pcvos,
     stcn,
     vita,
@@ -35,6 +36,7 @@ ADAPTERS = {
     "ops-kernel_update": ops_kernel_update.run,
     "ops-kmeans_cross_attention": ops_kmeans_cross_attention.run,
     "ops-memory_read": ops_memory_read.run,
+    "ops": ops_ms_deform_attn.run,  # so says the case ops-ms_deform_attn
     "pcvos": pcvos.run,
     "stcn": stcn.run,
     "vita": vita.run_vita,
