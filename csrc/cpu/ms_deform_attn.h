@@ -40,7 +40,7 @@ struct Samples {
   float* corner[4];          // attention times share of upper left, upper right, lower left, lower right
   float *attention, *x, *y;  // x, y: fraction of a pixel from `pixel` to the sample
   int32_t* inside;           // bit c is set where corner c is on the map
-  // One row each: a sample lies at pixel coordinate base + scale * place.
+  // One row each: a sample lies at base + scale * place, base normalised and scale in pixels.
   float *base_x, *base_y, *scale_x, *scale_y;
   char* tail;                // places and weights of a query whose samples do not fill whole vectors
 };
@@ -64,7 +64,7 @@ PYVSEG_INLINE Samples samples_in(void* scratch, const Problem& p, const Map& map
   s.base_x = take(1), s.base_y = take(1), s.scale_x = take(1), s.scale_y = take(1);
   s.tail = (char*)take(3);
   for (int64_t i = 0; i < p.lanes; ++i) {
-    s.base_x[i] = s.base_y[i] = -0.5f;
+    s.base_x[i] = s.base_y[i] = 0;
     s.scale_x[i] = p.reference ? 1.0f : map.width[i];
     s.scale_y[i] = p.reference ? 1.0f : map.height[i];
   }
@@ -114,13 +114,24 @@ PYVSEG_INLINE void refer(const Problem& p, const Map& map, int64_t b, int64_t q,
   for (int64_t l = 0; l < p.L; ++l) {
     const float* r = p.reference + ((b * p.Q + q) * p.L + l) * p.reference_width;
     const float width = map.width[l * p.P], height = map.height[l * p.P];
-    spread(s.base_x, l, p.P, r[0] * width - 0.5f);
-    spread(s.base_y, l, p.P, r[1] * height - 0.5f);
+    spread(s.base_x, l, p.P, r[0]);
+    spread(s.base_y, l, p.P, r[1]);
     if (p.reference_width == 4) {
       spread(s.scale_x, l, p.P, r[2] * width * (0.5f / float(p.P)));
       spread(s.scale_y, l, p.P, r[3] * height * (0.5f / float(p.P)));
     }
   }
+}
+
+// a * b + c, rounded once: a sample far from the origin keeps its fraction.
+PYVSEG_INLINE vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return a * b + c;
+#else
+  typedef double vdouble __attribute__((vector_size(PYVSEG_VECTOR_BYTES * 2)));
+  const auto wide = [](vfloat v) { return __builtin_convertvector(v, vdouble); };
+  return __builtin_convertvector(wide(a) * wide(b) + wide(c), vfloat);
+#endif
 }
 
 PYVSEG_INLINE vint floor(vfloat x) {
@@ -145,8 +156,8 @@ PYVSEG_INLINE void locate(const Problem& p, const Map& map, int64_t b, int64_t q
     vfloat x, y;
     deinterleave(load(place + 2 * i), load(place + 2 * i + kLanes), x, y);
     const vfloat width = load(map.width + i), height = load(map.height + i);
-    x = load(s.base_x + i) + load(s.scale_x + i) * x;
-    y = load(s.base_y + i) + load(s.scale_y + i) * y;
+    x = multiply_add(load(s.base_x + i), width, multiply_add(load(s.scale_x + i), x, splat(-0.5f)));
+    y = multiply_add(load(s.base_y + i), height, multiply_add(load(s.scale_y + i), y, splat(-0.5f)));
     const vint hit = (x > -1.0f) & (x < width) & (y > -1.0f) & (y < height);  // NaN does not
     x = hit ? x : vfloat{};
     y = hit ? y : vfloat{};

@@ -39,7 +39,7 @@ namespace {
 
 // Behind the samples: a query's gradient, and the products of its samples.
 PYVSEG_INLINE int64_t grad_floats(const Problem& p) { return padded(p.D) + kLanes; }
-int64_t scratch_bytes(const Problem& p) { return samples_bytes(p) + (grad_floats(p) + 8 * (p.lanes + kLanes)) * 4; }
+int64_t scratch_bytes(const Problem& p) { return samples_bytes(p) + (grad_floats(p) + 9 * p.lanes) * 4; }
 
 // Of two vectors made of blocks of 2 * half lanes, the sums of each block's halves: first a's, then b's, in the whole
 // vector where halves are 128 bits or more, in each 128 bits where they are less. The sums that come so cheaply are
@@ -146,8 +146,10 @@ void place_grad_head(const Problem& p, const Map& map, const Gradients& g, const
   const Samples s = samples_in(task.scratch, p, map);
   const int64_t n = p.L * p.P, step = T ? T * kLanes : padded(p.D), h = task.h;
   float* grad = (float*)((char*)task.scratch + samples_bytes(p));
-  float *products = grad + grad_floats(p), *grad_x = products + 4 * p.lanes, *grad_y = grad_x + p.lanes, *grad_weight = grad_y + p.lanes;
+  float *products = grad + grad_floats(p), *grad_x = products + 4 * p.lanes, *grad_y = grad_x + p.lanes;
+  float *grad_weight = grad_y + p.lanes, *grad_place = grad_weight + p.lanes;
   for (int64_t c = p.D; c < step; ++c) grad[c] = 0;
+  for (int64_t i = 4 * n; i < 4 * p.lanes; ++i) products[i] = 0;  // of lanes without a sample
   for (int64_t q = task.begin; q < task.end; ++q) {
     const int64_t row = (q - task.begin) % p.block, at = row * p.lanes, head = (task.b * p.Q + q) * p.H + h;
     if (row == 0) locate_block<false>(p, map, task.b, h, s, q, q + p.block < task.end ? q + p.block : task.end);
@@ -159,13 +161,14 @@ void place_grad_head(const Problem& p, const Map& map, const Gradients& g, const
       const G* place = (const G*)p.place + task.b * p.place_batch + q * p.place_query + h * n * 2;
       add_up_reference(p, map, place, grad_x, grad_y, g.by_head + ((task.b * p.H + h) * p.Q + q) * p.L * p.reference_width);
       softmax_grad(s.attention + at, grad_weight, p.lanes);
+      if (p.reference_width == 4) refer(p, map, task.b, q, s);  // the scale of the whole block is its last query's
     }
     for (int64_t i = 0; i < p.lanes; i += kLanes) {
       vfloat a, b;
       interleave(load(grad_x + i) * load(s.scale_x + i), load(grad_y + i) * load(s.scale_y + i), a, b);
-      store(products + 2 * i, a), store(products + 2 * i + kLanes, b);
+      store(grad_place + 2 * i, a), store(grad_place + 2 * i + kLanes, b);
     }
-    copy_row((G*)g.place + head * n * 2, products, 2 * n);
+    copy_row((G*)g.place + head * n * 2, grad_place, 2 * n);
     copy_row((G*)g.weight + head * n, grad_weight, n);
   }
 }
