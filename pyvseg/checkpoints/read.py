@@ -9,11 +9,13 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pyvseg.checkpoints.numpy_pickle import load_numpy_pickle
 from pyvseg.errors import CheckpointError
 
 WRAPPERS = ("state_dict", "model", "network")  # published training files keep the weights under one of these
@@ -22,9 +24,10 @@ MAX_HEADER = 100 << 20  # bytes; the safetensors format's own limit
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """Every tensor of a `.safetensors` file or of a `.pth`/`.pt` file written by `torch.save`, on the CPU, under the file's own names.
+    """Every tensor of a `.safetensors` file, of a `.pth`/`.pt` file written by `torch.save`, or of a `.pkl` of numpy arrays as
+    detectron2 publishes them, on the CPU, under the file's own names.
 
-    The contents decide which of the two it is, not the file's name. The usual wrappings (`state_dict`, `model`, `network`,
+    The contents decide what it is, not the file's name. The usual wrappings (`state_dict`, `model`, `network`,
     a `module.` before every name) are taken off. Pickled files go through torch's restricted reader, which knows tensors and
     containers and calls nothing else; memory stays in proportion to the size of the file, whatever sizes it claims.
 
@@ -36,7 +39,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             start = file.read(len(LEGACY_MAGIC))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); give the path of a .safetensors, .pth or .pt file") from None
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); give the path of a .safetensors, .pth, .pt or .pkl file") from None
     if path.suffix == ".safetensors" or _is_safetensors(start, size):
         return _read_safetensors(path)
     return _flat(_read_torch(path, start, size), path, size)
@@ -65,6 +68,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path, start: bytes, size: int) -> object:
     is_zip = start.startswith(b"PK")
+    if start[:1] == b"\x80" and start != LEGACY_MAGIC:
+        return _read_pickle(path)
     if is_zip:
         _check_members(path, size)
     try:
@@ -74,6 +79,19 @@ def _read_torch(path: Path, start: bytes, size: int) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f"{path}: {_explain(error, is_zip or start == LEGACY_MAGIC)}") from None
+
+
+def _read_pickle(path: Path) -> object:
+    """A bare pickle: detectron2's model zoo has numpy arrays in them."""
+    try:
+        loaded = load_numpy_pickle(path.read_bytes())
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CheckpointError(f"{path}: {_explain(error, True)}") from None
+    while isinstance(loaded, dict) and isinstance(inner := loaded.get("model"), dict):
+        loaded = inner
+    if not isinstance(loaded, dict):
+        return loaded
+    return {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in loaded.items()}
 
 
 def _check_members(path: Path, size: int) -> None:
@@ -97,7 +115,7 @@ def _explain(error: Exception, looks_like_torch: bool) -> str:
         )
     if looks_like_torch:
         return f"truncated or damaged checkpoint ({_one_line(error)}); fetch or copy it again"
-    return "not a checkpoint; give a .safetensors file or a .pth/.pt file written by torch.save"
+    return "not a checkpoint; give a .safetensors file, a .pth/.pt file written by torch.save, or a .pkl of numpy arrays"
 
 
 def _flat(loaded: object, path: Path, size: int) -> dict[str, Tensor]:
