@@ -13,6 +13,7 @@ COMMANDS = {
     "eval": "score results against annotations (J&F)",
     "verify": "check that this installation reproduces the published numbers",
     "train": "train a model",
+    "convert": "turn a published checkpoint into a safetensors file",
     "models": "list the models",
     "info": "versions, instruction set and backends of this installation",
 }

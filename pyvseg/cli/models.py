@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyvseg.models.zoo import Variant
+    from pyvseg.models.variant import Variant
 
 
 @dataclass

@@ -102,7 +102,7 @@ class Swin(nn.Module):
         super().__init__()
         self.channels = tuple(width * 2**i for i in range(len(depths)))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, 4, 4), "norm": nn.LayerNorm(width)})
-        drops = torch.linspace(0, drop_path, sum(depths)).tolist()
+        drops = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
         starts = [sum(depths[:i]) for i in range(len(depths))]
         self.layers = nn.ModuleList(
             SwinStage(c, h, window, mlp_ratio, drops[start : start + depth], i == len(depths) - 1)

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,36 +13,17 @@ from torch import Tensor, nn
 
 from pyvseg import checkpoints
 from pyvseg.checkpoints import key_maps
-from pyvseg.errors import PyvsegError
+from pyvseg.errors import CheckpointError, PyvsegError
 from pyvseg.layers.inference import for_inference
+from pyvseg.models import fitting, zoo_instances
+from pyvseg.models.ctvis import CTVIS
+from pyvseg.models.genvis import GenVIS
+from pyvseg.models.mask2former import Mask2Former
+from pyvseg.models.mask2former_video import Mask2FormerVideo
+from pyvseg.models.minvis import MinVIS
 from pyvseg.models.stcn import STCN, STCNSettings
-
-BUNDLED = Path(__file__).parent / "weights"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One line of `pyvseg models`.
-
-    file       name of the published weights file, or of the bundled one
-    published  results its authors report
-    """
-
-    name: str
-    task: str
-    system: str
-    settings: STCNSettings
-    file: str
-    where: str
-    licence: str
-    published: dict[str, str] = field(default_factory=dict)
-    note: str = ""
-
-    @property
-    def bundled(self) -> Path | None:
-        path = BUNDLED / self.file
-        return path if path.is_file() else None
-
+from pyvseg.models.variant import Variant
+from pyvseg.models.vita import VITA
 
 _STCN = STCNSettings(refine_width=None, progressive=False, memory_every=5, schedule="distance", short_side=480)
 _TINY = STCNSettings(
@@ -72,6 +54,7 @@ ZOO = {
             "stcn_r50", "semi-supervised", "stcn", _STCN, "stcn.pth", "the STCN authors' repository", "MIT",
             {"DAVIS 2017 val J&F": "85.3", "YouTube-VOS 2019 val G": "84.2"},
         ),
+        *zoo_instances.variants(),
     )
 }  # fmt: skip
 
@@ -84,16 +67,56 @@ def variant(name: str) -> Variant:
     raise PyvsegError(f"no model is called {name!r}; did you mean {' or '.join(near)}? (`pyvseg models` lists all)")
 
 
-def build(settings: STCNSettings, weights: dict[str, Tensor], *, name: str) -> STCN:
+@dataclass(frozen=True)
+class System:
+    """A network, and how its published files become its weights: see `checkpoints.load_into`."""
+
+    network: type[nn.Module]
+    key_map: checkpoints.KeyMap
+    ignored: str
+    prepare: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] = lambda weights, model: weights
+
+
+def _widen(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A single-object file's value encoder has no plane for the other objects: give it one that it ignores."""
+    key = "value_encoder.conv1.weight"
+    old, new = weights.get(key), model.value_encoder.trunk.conv1.weight
+    if old is None or old.ndim != 4 or old.shape[1] != 4 or new.shape[1] != 5:
+        return weights
+    return {**weights, key: torch.cat([old, old.new_zeros(old.shape[0], 1, *old.shape[2:])], 1)}
+
+
+_VOS = System(STCN, key_maps.STCN, key_maps.STCN_IGNORED, _widen)
+SYSTEMS = {"stcn": _VOS, "pcvos": _VOS} | {
+    name: System(network, key_maps.MASK2FORMER, key_maps.MASK2FORMER_IGNORED)
+    for name, network in {
+        "mask2former": Mask2Former, "mask2former_video": Mask2FormerVideo, "minvis": MinVIS, "ctvis": CTVIS, "vita": VITA, "genvis": GenVIS,
+    }.items()
+}  # fmt: skip
+
+
+def build(settings, weights: dict[str, Tensor], *, name: str, system: str = "stcn") -> nn.Module:
     """A network with `weights` under their published names or ours, in evaluation mode, float32, not yet folded."""
-    model = STCN(settings)
-    checkpoints.load_into(model, _widen(weights, model), key_maps.STCN, name=name, ignore=key_maps.STCN_IGNORED)
+    kind = SYSTEMS[system]
+    model = kind.network(settings)
+    checkpoints.load_into(model, kind.prepare(weights, model), kind.key_map, name=name, ignore=kind.ignored)
     return model.eval()
+
+
+def build_variant(chosen: Variant, weights: dict[str, Tensor], *, name: str) -> nn.Module:
+    """`build`, whose error says which variants the weights would fit."""
+    try:
+        return build(chosen.settings, weights, name=name, system=chosen.system)
+    except CheckpointError as error:
+        found = fitting.fitting(weights, ZOO.values())
+        if not found or chosen.name in found:
+            raise
+        raise CheckpointError(f"{error}; they fit {' or '.join(found[:4])}") from None
 
 
 def load(
     name: str = "pcvos_tiny", *, weights: str | Path | None = None, device: str | None = None, precision: str = "float32"
-) -> STCN:
+) -> nn.Module:
     """The network of a variant, ready to run.
 
     weights    a published checkpoint or a pyvseg safetensors file; may be left out where weights are bundled
@@ -109,7 +132,7 @@ def load(
         raise PyvsegError(f"{name} has no bundled weights: download {source} and pass it as weights")
     if precision not in ("float32", "bfloat16"):
         raise PyvsegError(f"precision {precision!r} is not supported; use float32 or bfloat16")
-    model = build(chosen.settings, checkpoints.read(path), name=str(path))
+    model = build_variant(chosen, checkpoints.read(path), name=str(path))
     model.to(_device(device))
     return for_inference(model, getattr(torch, precision))
 
@@ -122,12 +145,3 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise PyvsegError(f"{name}: this machine has no usable CUDA device; use cpu")
     return device
-
-
-def _widen(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A single-object file's value encoder has no plane for the other objects: give it one that it ignores."""
-    key = "value_encoder.conv1.weight"
-    old, new = weights.get(key), model.value_encoder.trunk.conv1.weight
-    if old is None or old.ndim != 4 or old.shape[1] != 4 or new.shape[1] != 5:
-        return weights
-    return {**weights, key: torch.cat([old, old.new_zeros(old.shape[0], 1, *old.shape[2:])], 1)}

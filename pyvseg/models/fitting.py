@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which variants a file's weights fit, told by the shapes of a few tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from pyvseg.checkpoints import key_maps, map_keys
+from pyvseg.layers.backbones import ResNetSizes, SwinSizes
+from pyvseg.models.ctvis import CTVISSettings
+from pyvseg.models.genvis import GenVISSettings
+from pyvseg.models.mask2former import Mask2FormerSettings
+from pyvseg.models.variant import Variant
+from pyvseg.models.vita import VITASettings
+
+_TELL_TALES = (("video.pre_memory_embed_k.weight", GenVISSettings), ("video.class_embed.weight", VITASettings), ("reid_embed.layers.0.weight", CTVISSettings))
+
+
+def fitting(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[str]:
+    """Names of the variants of the Mask2Former family whose system, backbone, queries and classes are those of `weights`."""
+    state = map_keys(weights, key_maps.MASK2FORMER)
+    classes, queries = state.get("decoder.class_embed.bias"), state.get("decoder.query_feat.weight")
+    if classes is None or queries is None:
+        return []
+    kind = next((kind for key, kind in _TELL_TALES if key in state), Mask2FormerSettings)
+    found = (kind, len(classes) - 1, len(queries), _backbone(state))
+    return [v.name for v in variants if (s := v.settings) and found == (type(s), getattr(s, "classes", 0), getattr(s, "queries", 0), _sizes(s))]
+
+
+def _sizes(settings) -> tuple | None:
+    """What `_backbone` says of the variant's weights."""
+    backbone = getattr(settings, "backbone", None)
+    if isinstance(backbone, SwinSizes):
+        return backbone.width, backbone.depths, backbone.window
+    return (backbone.outputs, backbone.depth) if isinstance(backbone, ResNetSizes) else None
+
+
+def _backbone(state: Mapping[str, Tensor]) -> tuple | None:
+    def count(beginning: str) -> int:
+        return len({key[len(beginning) :].split(".")[0] for key in state if key.startswith(beginning)})
+
+    if "backbone.patch_embed.proj.weight" in state:
+        width, depths = len(state["backbone.patch_embed.proj.weight"]), tuple(count(f"backbone.layers.{i}.blocks.") for i in range(4))
+        table = state.get("backbone.layers.0.blocks.0.attn.relative_position_bias_table")
+        return width, depths, 0 if table is None else (round(len(table) ** 0.5) + 1) // 2
+    last = state.get("backbone.layer1.0.conv3.weight", state.get("backbone.layer1.0.conv2.weight"))
+    depth = {(2, 2): 18, (6, 2): 34, (6, 3): 50, (23, 3): 101, (36, 3): 152}
+    blocks = count("backbone.layer3."), 3 if "backbone.layer1.0.conv3.weight" in state else 2
+    return None if last is None else (len(last), depth.get(blocks))
