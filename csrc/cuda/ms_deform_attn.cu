@@ -6,12 +6,12 @@
 namespace pyvseg::ms_deform_attn {
 namespace {
 
-// Channels [channel, channel + V) of one query (b * Q + q) and head; a place without a query is not `live`.
+// Channels [channel, channel + V) of one query and head.
 template <int Group, bool Whole, bool Fused, typename Value, typename Geometry>
-__device__ void attend(const Problem<Value, Geometry>& p, Value* out, int64_t image, int64_t query, int channel, bool live) {
+__device__ void attend(const Problem<Value, Geometry>& p, const Place& place, int channel, Value* out) {
   constexpr int V = kPerLoad<Value>;
-  const int lane = threadIdx.x % Group, head = blockIdx.x, samples = p.levels.count * p.P;
-  const int pixel = p.H * p.D, n = p.D - channel;
+  const auto [head, live, image, query] = place;
+  const int lane = threadIdx.x % Group, samples = p.levels.count * p.P, pixel = p.H * p.D, n = p.D - channel;
   const Value* value = opaque(p.value + image * p.S * pixel + head * p.D + channel);
   const Geometry* locations = p.locations + 2 * (query * p.H + head) * samples;
   const Geometry* weights = p.weights + (query * p.H + head) * samples;
@@ -29,13 +29,15 @@ __device__ void attend(const Problem<Value, Geometry>& p, Value* out, int64_t im
         if constexpr (Fused) total += weight = expf(weight - peak);
         own = window_of(p.levels, level, axis_at(at.x, p.levels.width[level]), axis_at(at.y, p.levels.height[level]), weight);
       }
-      for (int i = 0, end = min(Group, p.P - point); i < end; ++i) {
+#pragma unroll
+      for (int i = 0; i < Group; ++i) {
+        if (point + i >= p.P) break;
         const Window window = share<Group>(own, i);
         if (window.row < 0 || n <= 0) continue;
-        const Value* from = value + int64_t(window.row) * pixel;
+        const Value* from = value + uint64_t(window.row) * unsigned(pixel);
         float x[4][V];
 #pragma unroll
-        for (int corner = 0; corner < 4; ++corner) load_channels<Whole>(from + steps.to[corner], n, x[corner]);
+        for (int corner = 0; corner < 4; ++corner) load_channels<Whole>(from + steps.to(corner), n, x[corner]);
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner)
 #pragma unroll
@@ -59,15 +61,31 @@ __device__ void attend(const Problem<Value, Geometry>& p, Value* out, int64_t im
   }
 }
 
+// 56 registers let 9 blocks of 4 lanes a query share a multiprocessor, with the four loads of a sample under way at once;
+// fewer registers would make the compiler wait for one before it asks for the next.
 template <int Group, bool Whole, bool Fused, typename Value, typename Geometry>
-__global__ void __launch_bounds__(kQueries* Group, (Whole ? 1024 : 512) / (kQueries * Group)) forward(const __grid_constant__ Problem<Value, Geometry> p, Value* out) {
+__global__ void __launch_bounds__(kQueries* Group, (Whole ? 1152 : 512) / (kQueries * Group))
+    forward(const __grid_constant__ Problem<Value, Geometry> p, Value* out) {
   constexpr int V = kPerLoad<Value>;
-  for (int64_t image = blockIdx.z; image < p.B; image += gridDim.z)
-    for (int tile = blockIdx.y; tile < p.tiles.count; tile += gridDim.y) {
-      const int q = query_of(p.tiles, tile, threadIdx.x / Group);
-      for (int channel = threadIdx.x % Group * V, first = 0; first < p.D; first += Group * V)
-        attend<Group, Whole, Fused>(p, out, image, image * p.Q + max(q, 0), first + channel, q >= 0);
-    }
+  const Place place = place_of(p, Group);
+  for (int channel = threadIdx.x % Group * V, first = 0; first < p.D; first += Group * V)
+    attend<Group, Whole, Fused>(p, place, first + channel, out);
+}
+
+template <int Group, bool Whole, bool Fused, typename Value, typename Geometry>
+void start(const Problem<Value, Geometry>& p, Value* out) {
+  launch(forward<Group, Whole, Fused, Value, Geometry>, grid_of(p), kQueries * Group, 0, p, out);
+}
+
+template <bool Fused, typename Value, typename Geometry>
+void choose(const Problem<Value, Geometry>& p, Value* out) {
+  constexpr int V = kPerLoad<Value>;
+  if (p.D % V)
+    start<8, false, Fused>(p, out);
+  else if (p.D <= 4 * V)
+    start<4, true, Fused>(p, out);
+  else
+    start<8, true, Fused>(p, out);
 }
 
 template <bool Fused>
@@ -75,22 +93,7 @@ Tensor run(const Inputs& in) {
   const OnDeviceOf device(in.value);
   const int64_t B = in.value.size(0), H = in.value.size(2), D = in.value.size(3);
   Tensor out = torch::stable::new_empty(in.value, {B, in.geometry[1].size(1), H * D});
-  if (out.numel() == 0) return out;
-  in.visit([&](const auto& problem) {
-    const auto start = [&](auto group, auto whole, auto p, auto* to) {
-      using Value = std::remove_pointer_t<decltype(to)>;
-      launch(forward<group.value, whole.value, Fused, Value, std::remove_const_t<std::remove_pointer_t<decltype(p.weights)>>>,
-             grid_of(p), kQueries * group.value, 0, p, to);
-    };
-    using Value = std::remove_const_t<std::remove_pointer_t<decltype(problem.value)>>;
-    constexpr int V = kPerLoad<Value>;
-    if (D % V)
-      start(std::integral_constant<int, 8>{}, std::false_type{}, problem, data<Value>(out));
-    else if (D <= 4 * V)
-      start(std::integral_constant<int, 4>{}, std::true_type{}, problem, data<Value>(out));
-    else
-      start(std::integral_constant<int, 8>{}, std::true_type{}, problem, data<Value>(out));
-  });
+  if (out.numel()) in.visit([&](const auto& p) { choose<Fused>(p, data<ValueOf<decltype(p)>>(out)); });
   return out;
 }
 
@@ -98,7 +101,8 @@ Tensor plain(const Tensor& value, std::vector<int64_t> shapes, const Tensor& loc
   return run<false>({value, {locations, weights}, shapes});
 }
 
-Tensor fused(const Tensor& value, std::vector<int64_t> shapes, const Tensor& reference, const Tensor& offsets, const Tensor& logits) {
+Tensor fused(const Tensor& value, std::vector<int64_t> shapes, const Tensor& reference, const Tensor& offsets,
+             const Tensor& logits) {
   return run<true>({value, {offsets, logits, reference}, shapes});
 }
 

@@ -6,6 +6,7 @@
 // the group takes these in turn by shuffle while its lanes hold neighbouring channels, so that nothing is done twice.
 #pragma once
 #include <algorithm>
+#include <utility>
 
 #include "launch.cuh"
 
@@ -13,6 +14,7 @@ namespace pyvseg::ms_deform_attn {
 
 constexpr int kMaxLevels = 16;
 constexpr int kQueriesLog = 5, kQueries = 1 << kQueriesLog;  // of a block
+constexpr int kMostImages = 65535;                           // along one dimension of a grid
 
 // A kernel argument, so that no kernel reads shapes from memory.
 struct Levels {
@@ -40,6 +42,15 @@ struct Problem {
   Tiles tiles;
 };
 
+template <typename Value, typename Geometry>
+Value value_of(const Problem<Value, Geometry>&);
+template <typename Value, typename Geometry>
+Geometry geometry_of(const Problem<Value, Geometry>&);
+template <typename Problem>
+using ValueOf = decltype(value_of(std::declval<Problem>()));
+template <typename Problem>
+using GeometryOf = decltype(geometry_of(std::declval<Problem>()));
+
 // The query of place `i` in a tile, -1 where the tile hangs over its map.
 __device__ inline int query_of(const Tiles& tiles, int tile, int i) {
   const int across = 1 << tiles.across_log, down = 1 << tiles.down_log;
@@ -54,6 +65,19 @@ __device__ inline int query_of(const Tiles& tiles, int tile, int i) {
     tile -= rows * columns;
   }
   return -1;
+}
+
+// What a group of a block works on; heads of a tile are neighbours, so that they read the same lines of memory together.
+struct Place {
+  int head;
+  bool live;  // false for a place of a tile without a query; it then names the first query
+  int64_t image, query;  // query: b * Q + q
+};
+template <typename Value, typename Geometry>
+__device__ inline Place place_of(const Problem<Value, Geometry>& p, int group) {
+  const int64_t image = blockIdx.y + int64_t(kMostImages) * blockIdx.z;
+  const int q = image < p.B ? query_of(p.tiles, blockIdx.x / p.H, threadIdx.x / group) : -1;
+  return {int(blockIdx.x % p.H), q >= 0, q >= 0 ? image : 0, q >= 0 ? image * p.Q + q : 0};
 }
 
 // Numbers 2 i and 2 i + 1.
@@ -119,14 +143,13 @@ __device__ inline Window share(const Window& own, int lane) {
   return window;
 }
 
-// Numbers from a window's first pixel to its other three, for maps of `pixel` numbers a pixel.
+// Numbers from a window's first pixel to the one on its right and the one below, for maps of `pixel` numbers a pixel.
 struct Steps {
-  int64_t to[4];
+  int64_t right, down;
+  __device__ int64_t to(int corner) const { return (corner & 1 ? right : 0) + (corner & 2 ? down : 0); }
 };
 __device__ inline Steps steps_of(const Levels& levels, int level, int pixel) {
-  const int64_t right = levels.width[level] > 1 ? pixel : 0;
-  const int64_t down = levels.height[level] > 1 ? int64_t(pixel) * levels.width[level] : 0;
-  return {{0, right, down, right + down}};
+  return {levels.width[level] > 1 ? pixel : 0, levels.height[level] > 1 ? int64_t(pixel) * levels.width[level] : 0};
 }
 
 // V numbers, of which the first n exist; all of them, aligned, where `Whole`.
@@ -173,8 +196,9 @@ inline Tiles tiles_of(const Levels& levels, int64_t S, int64_t Q) {
     tiles.grid.count = 1;
     tiles.grid.height[0] = 1, tiles.grid.width[0] = int(Q), tiles.grid.first[0] = 0;
   }
+  const int64_t across = 1 << tiles.across_log, down = 1 << tiles.down_log;
   for (int i = 0; i < tiles.grid.count; ++i)
-    tiles.count += int(ceil_div(tiles.grid.width[i], 1 << tiles.across_log) * ceil_div(tiles.grid.height[i], 1 << tiles.down_log));
+    tiles.count += int(ceil_div(tiles.grid.width[i], across) * ceil_div(tiles.grid.height[i], down));
   return tiles;
 }
 
@@ -190,7 +214,8 @@ struct Inputs {
   std::vector<Tensor> geometry;  // locations and weights, or offsets, logits and reference
   std::vector<int64_t> shapes;
 
-  Inputs(const Tensor& value, const std::vector<Tensor>& given, std::vector<int64_t> shapes) : value(dense(value)), shapes(shapes) {
+  Inputs(const Tensor& value, const std::vector<Tensor>& given, std::vector<int64_t> shapes)
+      : value(dense(value)), shapes(shapes) {
     const ScalarType type = value.scalar_type();
     const bool same = std::all_of(given.begin(), given.end(), [&](const Tensor& t) { return t.scalar_type() == type; });
     for (const Tensor& t : given) geometry.push_back(dense(same ? t : torch::stable::to(t, ScalarType::Float)));
@@ -228,10 +253,10 @@ struct Inputs {
   }
 };
 
-// A block per head, tile and image; kernels stride over what is more than a grid can count.
+// A block per head, tile and image.
 template <typename Value, typename Geometry>
 dim3 grid_of(const Problem<Value, Geometry>& p) {
-  return dim3(unsigned(p.H), unsigned(std::min(p.tiles.count, 65535)), unsigned(std::min<int64_t>(p.B, 65535)));
+  return dim3(blocks(int64_t(p.tiles.count) * p.H, 1), unsigned(std::min<int64_t>(p.B, kMostImages)), blocks(p.B, kMostImages));
 }
 
 }  // namespace pyvseg::ms_deform_attn

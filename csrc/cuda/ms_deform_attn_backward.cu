@@ -7,8 +7,6 @@
 // 64-bit fixed point, whose sums do not depend on the order. The unit is chosen so that no sum can overflow: n = Q * P
 // samples may hit one pixel, each with at most b = max |grad| * max |weight|, and n b < 2^61 units. A contribution is off
 // by half a unit at most, and b is 2^61 / n units: for 2^15 samples a relative 2^-47 of b, where float32 has 2^-24.
-#include <climits>
-
 #include "ms_deform_attn.cuh"
 
 namespace pyvseg::ms_deform_attn {
@@ -73,14 +71,15 @@ __device__ inline float2 slopes_of(const Axis& axis, int size) {
 
 // A window's products <grad, value> at its four pixels, over all channels, and its part of value's gradient.
 template <bool Whole, typename Value, typename Sum>
-__device__ void visit(const Value* value, const Value* grad, const Sum& sum, int64_t at, const Steps& steps, const Window& window,
-                      int D, float (&products)[4]) {
+__device__ void gather_and_add(const Value* value, const Value* grad, const Sum& sum, int64_t at, const Steps& steps,
+                               const Window& window, int D, float (&products)[4]) {
 #pragma unroll 1
   for (int channel = threadIdx.x % kGroup * kChannels; channel < D; channel += kGroup * kChannels) {
     float g[kChannels], x[4][kChannels];
     load_channels<Whole>(grad + channel, D - channel, g);
 #pragma unroll
-    for (int corner = 0; corner < 4; ++corner) load_channels<Whole>(value + at + steps.to[corner] + channel, D - channel, x[corner]);
+    for (int corner = 0; corner < 4; ++corner)
+      load_channels<Whole>(value + at + steps.to(corner) + channel, D - channel, x[corner]);
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
 #pragma unroll
@@ -88,7 +87,7 @@ __device__ void visit(const Value* value, const Value* grad, const Sum& sum, int
         products[corner] = fmaf(g[c], x[corner][c], products[corner]);
         x[corner][c] = window.weight[corner] * g[c];
       }
-      const int64_t i = at + steps.to[corner] + channel;
+      const int64_t i = at + steps.to(corner) + channel;
       if (window.weight[corner] == 0) continue;
       if constexpr (Whole) {
         sum.add(i, x[corner]);
@@ -108,7 +107,8 @@ struct Sample {
   Window window;
 };
 template <bool Fused, typename Value, typename Geometry>
-__device__ inline Sample sample_at(const Problem<Value, Geometry>& p, int64_t query, int level, int64_t s, float peak, float scale) {
+__device__ inline Sample sample_at(const Problem<Value, Geometry>& p, int64_t query, int level, int64_t s, float peak,
+                                   float scale) {
   const float2 at = position_of<Fused>(p, query, level, load_pair(p.locations, s));
   float weight = to_float(p.weights[s]);
   if constexpr (Fused) weight = expf(weight - peak) * scale;
@@ -154,9 +154,9 @@ __device__ inline void put_reference(float* to, int coordinates, const float4& s
 }
 
 template <bool Whole, bool Fused, typename Value, typename Geometry, typename Sum>
-__device__ void differentiate(const Problem<Value, Geometry>& p, const Value* grad, const Gradients<Geometry, Sum>& to, int64_t image,
-                              int64_t query, bool live) {
-  const int lane = threadIdx.x % kGroup, head = blockIdx.x, samples = p.levels.count * p.P, pixel = p.H * p.D;
+__device__ void differentiate(const Problem<Value, Geometry>& p, const Value* grad, const Gradients<Geometry, Sum>& to) {
+  const auto [head, live, image, query] = place_of(p, kGroup);
+  const int lane = threadIdx.x % kGroup, samples = p.levels.count * p.P, pixel = p.H * p.D;
   const int64_t row = query * p.H + head, first = row * samples, base = image * p.S * pixel + head * p.D;
   const Geometry* weights = p.weights + first;
   grad += row * p.D;
@@ -179,7 +179,8 @@ __device__ void differentiate(const Problem<Value, Geometry>& p, const Value* gr
       for (int i = 0, end = min(kGroup, p.P - point); i < end; ++i) {
         const Window window = share<kGroup>(own, i);
         float products[4] = {};
-        if (window.row >= 0) visit<Whole>(p.value, grad, to.value, base + int64_t(window.row) * pixel, steps, window, p.D, products);
+        const int64_t at = base + int64_t(uint64_t(window.row) * unsigned(pixel));
+        if (window.row >= 0) gather_and_add<Whole>(p.value, grad, to.value, at, steps, window, p.D, products);
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
           const float product = warp_sum<kGroup>(products[corner]);
@@ -217,11 +218,7 @@ template <bool Whole, bool Fused, typename Value, typename Geometry, typename Su
 __global__ void __launch_bounds__(kQueries* kGroup, Fused || !Whole ? 2 : 3)
     backward(const __grid_constant__ Problem<Value, Geometry> p, const Value* grad, Gradients<Geometry, Sum> to) {
   if constexpr (std::is_same_v<Sum, Fixed>) to.value.scale = units(*to.value.bounds, p.Q * p.P);
-  for (int64_t image = blockIdx.z; image < p.B; image += gridDim.z)
-    for (int tile = blockIdx.y; tile < p.tiles.count; tile += gridDim.y) {
-      const int q = query_of(p.tiles, tile, threadIdx.x / kGroup);
-      differentiate<Whole, Fused>(p, grad, to, image, image * p.Q + max(q, 0), q >= 0);
-    }
+  differentiate<Whole, Fused>(p, grad, to);
 }
 
 template <typename T>
@@ -269,7 +266,8 @@ void measure(const Tensor& t, unsigned* to) {
 
 // Runs the backward kernel with each kind of sum; returns value's gradient.
 template <bool Fused, typename Value, typename Geometry>
-Tensor run(const Inputs& in, const Problem<Value, Geometry>& p, const Tensor& grad, bool deterministic, Gradients<Geometry, int> other) {
+Tensor run(const Inputs& in, const Problem<Value, Geometry>& p, const Tensor& grad, bool deterministic,
+           const Gradients<Geometry, int>& other) {
   const auto start = [&](auto sum) {
     const Gradients<Geometry, decltype(sum)> to{sum, other.locations, other.weights, other.shares, other.references};
     const dim3 block(kQueries * kGroup);
@@ -313,17 +311,16 @@ std::vector<Tensor> run(const Inputs& in, const Tensor& given, bool deterministi
   }
   const Tensor grad = dense(given);
   in.visit([&](const auto& p) {
-    using Value = std::remove_const_t<std::remove_pointer_t<decltype(p.value)>>;
-    using Geometry = std::remove_const_t<std::remove_pointer_t<decltype(p.weights)>>;
+    using Geometry = GeometryOf<decltype(p)>;
     Gradients<Geometry, int> to{0, data<Geometry>(grads[1]), data<Geometry>(grads[2]), nullptr, nullptr};
     if constexpr (Fused) {
       const Tensor shares = torch::stable::new_empty(in.value, in.geometry[1].sizes(), ScalarType::Float);
-      const Tensor references =
-          torch::stable::new_empty(in.value, std::vector<int64_t>{p.B, p.Q, p.H, p.levels.count, p.coordinates}, ScalarType::Float);
+      const std::vector<int64_t> sizes{p.B, p.Q, p.H, p.levels.count, p.coordinates};
+      const Tensor references = torch::stable::new_empty(in.value, sizes, ScalarType::Float);
       to.shares = data<float>(shares), to.references = data<float>(references);
       grads[0] = run<Fused>(in, p, grad, deterministic, to);
-      launch(sum_heads<Geometry>, blocks_for(grads[3].numel()), kThreads, 0, data<const float>(references), data<Geometry>(grads[3]),
-             p.B * p.Q, p.H, p.levels.count * p.coordinates);
+      launch(sum_heads<Geometry>, blocks_for(grads[3].numel()), kThreads, 0, data<const float>(references),
+             data<Geometry>(grads[3]), p.B * p.Q, p.H, p.levels.count * p.coordinates);
     } else {
       grads[0] = run<Fused>(in, p, grad, deterministic, to);
     }
@@ -335,8 +332,8 @@ Tensor as(const Tensor& grad, const Tensor& input) {
   return grad.scalar_type() == input.scalar_type() ? grad : torch::stable::to(grad, input.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> plain(const Tensor& grad, const Tensor& value, std::vector<int64_t> shapes, const Tensor& locations,
-                                         const Tensor& weights, bool deterministic) {
+std::tuple<Tensor, Tensor, Tensor> plain(const Tensor& grad, const Tensor& value, std::vector<int64_t> shapes,
+                                         const Tensor& locations, const Tensor& weights, bool deterministic) {
   const auto grads = run<false>({value, {locations, weights}, shapes}, grad, deterministic);
   return {grads[0], as(grads[1], locations), as(grads[2], weights)};
 }
