@@ -12,10 +12,12 @@ struct Forward {
   Rows logits, targets;
   int64_t begin, end;   // pixels of the slice
   int64_t first, last;  // rows of the group
-  double *overlap, *entropy, *prob;  // (N, M), (N, M), (N) of the slice, zero at first
-  double* area;         // (M) of the slice; null where another group sums it
-  float* scratch;       // forward_floats(M)
+  double *overlap, *entropy, *prob, *softplus;  // (N, M), (N, M), (N), (N) of the slice; the last two zero at first
+  double* area;   // (M) of the slice, zero at first; null where another group sums it
+  float* scratch; // scratch_floats(last - first, M)
 };
+
+constexpr int64_t scratch_floats(int64_t rows, int64_t M) { return (M + 2 * kRows) * kStride + rows * M * 2 * 16; }
 
 struct Kernels {
   void (*forward)(const Forward&);
@@ -38,15 +40,10 @@ struct Activation {
 PYVSEG_INLINE Activation activate(vfloat x) {
   const vfloat e = exp_minus_size(x), inverse = 1.0f / (1.0f + e);
   // log(1 + e) / e on [0, 1], relative error 3e-8
-  vfloat q = splat(5.2326880395e-3f);
-  q = q * e - 2.9505213723e-2f;
-  q = q * e + 7.8225910664e-2f;
-  q = q * e - 1.3663242757e-1f;
-  q = q * e + 1.9106005132e-1f;
-  q = q * e - 2.4842981994e-1f;
-  q = q * e + 3.3319097757e-1f;
-  q = q * e - 4.9999493361e-1f;
-  q = q * e + 1.0f;
+  const vfloat ee = e * e, eeee = ee * ee;
+  const vfloat low = (-2.4842981994e-1f * e + 3.3319097757e-1f) * ee + (-4.9999493361e-1f * e + 1.0f);
+  const vfloat high = (-2.9505213723e-2f * e + 7.8225910664e-2f) * ee + (-1.3663242757e-1f * e + 1.9106005132e-1f);
+  const vfloat q = (5.2326880395e-3f * eeee + high) * eeee + low;
   return {x < 0.0f ? e * inverse : inverse, (x < 0.0f ? vfloat{} : x) + e * q};
 }
 
@@ -93,26 +90,31 @@ RowSums activate_row(const Rows& rows, int64_t row, int64_t begin, int64_t n, fl
   }
 }
 
+// Lanes of sums kept over the chunks of a slice: (rows, M, overlap and logit.t)
 struct Sums {
-  double *overlap, *entropy;  // (rows, M)
+  float* lanes;
   int64_t M;
+  float* at(int64_t row, int64_t m) const { return lanes + (row * M + m) * 2 * kLanes; }
 };
 
-// overlap += sigmoid.t, entropy += softplus - logit.t for R rows of logits and C of targets, all with stride kChunk
+// R rows of logits against C targets
 template <int R, int C>
-void tile(const float* logits, const float* sigmoids, const float* softplus, const float* targets, int64_t n, const Sums& to) {
+void tile(const float* logits, const float* sigmoids, const float* targets, int64_t n, const Sums& sums, int64_t row, int64_t m) {
   vfloat s[R][C], x[R][C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) s[r][c] = x[r][c] = vfloat{};
+    for (int c = 0; c < C; ++c) {
+      s[r][c] = load(sums.at(row + r, m + c));
+      x[r][c] = load(sums.at(row + r, m + c) + kLanes);
+    }
   for (int64_t i = 0; i < n; i += kLanes) {
     vfloat t[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) t[c] = load(targets + c * kChunk + i);
+    for (int c = 0; c < C; ++c) t[c] = load(targets + c * kStride + i);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const vfloat sigmoid = load(sigmoids + r * kChunk + i), logit = load(logits + r * kChunk + i);
+      const vfloat sigmoid = load(sigmoids + r * kStride + i), logit = load(logits + r * kStride + i);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         s[r][c] += sigmoid * t[c];
@@ -124,44 +126,48 @@ void tile(const float* logits, const float* sigmoids, const float* softplus, con
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      to.overlap[r * to.M + c] += sum(s[r][c]);
-      to.entropy[r * to.M + c] += double(softplus[r]) - double(sum(x[r][c]));
+      store(sums.at(row + r, m + c), s[r][c]);
+      store(sums.at(row + r, m + c) + kLanes, x[r][c]);
     }
 }
 
 template <int R>
-void products(const float* logits, const float* sigmoids, const float* softplus, const float* targets, int64_t n, const Sums& to) {
+void products(const float* logits, const float* sigmoids, const float* targets, int64_t n, const Sums& sums, int64_t row) {
   int64_t m = 0;
-  for (; m + kTargets <= to.M; m += kTargets)
-    tile<R, kTargets>(logits, sigmoids, softplus, targets + m * kChunk, n, {to.overlap + m, to.entropy + m, to.M});
-  for (; m < to.M; ++m) tile<R, 1>(logits, sigmoids, softplus, targets + m * kChunk, n, {to.overlap + m, to.entropy + m, to.M});
+  for (; m + kTargets <= sums.M; m += kTargets) tile<R, kTargets>(logits, sigmoids, targets + m * kStride, n, sums, row, m);
+  for (; m < sums.M; ++m) tile<R, 1>(logits, sigmoids, targets + m * kStride, n, sums, row, m);
 }
 
 void forward(const Forward& f) {
-  const int64_t M = f.targets.count;
-  float *targets = f.scratch, *logits = targets + M * kChunk, *sigmoids = logits + kRows * kChunk, softplus[kRows];
+  const int64_t M = f.targets.count, N = f.last - f.first;
+  float *targets = f.scratch, *logits = targets + M * kStride, *sigmoids = logits + kRows * kStride;
+  const Sums sums{sigmoids + kRows * kStride, M};
+  for (int64_t i = 0; i < N * M * 2 * kLanes; ++i) sums.lanes[i] = 0;
+  double* softplus = f.softplus + f.first;
   for (int64_t begin = f.begin; begin < f.end; begin += kChunk) {
     const int64_t n = f.end - begin < kChunk ? f.end - begin : kChunk, whole = padded(n);
     for (int64_t m = 0; m < M; ++m) {
-      const float area = widen_row(f.targets, m, begin, n, targets + m * kChunk);
+      const float area = widen_row(f.targets, m, begin, n, targets + m * kStride);
       if (f.area) f.area[m] += area;
     }
-    for (int64_t row = f.first; row < f.last; row += kRows) {
-      const int64_t rows = f.last - row < kRows ? f.last - row : kRows;
+    for (int64_t row = 0; row < N; row += kRows) {
+      const int64_t rows = N - row < kRows ? N - row : kRows;
       for (int64_t r = 0; r < rows; ++r) {
-        const RowSums sums = activate_row(f.logits, row + r, begin, n, logits + r * kChunk, sigmoids + r * kChunk);
-        f.prob[row + r] += sums.sigmoid;
-        softplus[r] = sums.softplus;
+        const RowSums one = activate_row(f.logits, f.first + row + r, begin, n, logits + r * kStride, sigmoids + r * kStride);
+        f.prob[f.first + row + r] += one.sigmoid;
+        softplus[row + r] += one.softplus;
       }
-      const Sums to{f.overlap + row * M, f.entropy + row * M, M};
-      if (rows == kRows) {
-        products<kRows>(logits, sigmoids, softplus, targets, whole, to);
-        continue;
-      }
-      for (int64_t r = 0; r < rows; ++r)
-        products<1>(logits + r * kChunk, sigmoids + r * kChunk, softplus + r, targets, whole, {to.overlap + r * M, to.entropy + r * M, M});
+      if (rows == kRows)
+        products<kRows>(logits, sigmoids, targets, whole, sums, row);
+      else
+        for (int64_t r = 0; r < rows; ++r) products<1>(logits + r * kStride, sigmoids + r * kStride, targets, whole, sums, row + r);
     }
   }
+  for (int64_t row = 0; row < N; ++row)
+    for (int64_t m = 0; m < M; ++m) {
+      f.overlap[(f.first + row) * M + m] = sum(load(sums.at(row, m)));
+      f.entropy[(f.first + row) * M + m] = softplus[row] - sum(load(sums.at(row, m) + kLanes));
+    }
 }
 
 }  // namespace
@@ -173,7 +179,11 @@ PYVSEG_KERNEL_TABLE
 
 namespace {
 
-constexpr int64_t kGroup = 32;  // rows of a task where the slices alone are too few
+// Logit rows of a task: so many that their sums stay in the second cache, fewer where the slices alone are too few tasks.
+int64_t group_of(int64_t rows, int64_t targets, int64_t slices) {
+  const int64_t cached = std::max<int64_t>(kRows, 2048 / std::max<int64_t>(targets, 1) / kRows * kRows);
+  return std::min(cached, slices >= 8 ? std::max<int64_t>(rows, 1) : 32);
+}
 
 // Sum over the slices, as float32. parts (slices, n)
 void add_slices(const double* parts, int64_t slices, int64_t n, float* out) {
@@ -190,19 +200,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_cost(const Tensor& logits, const
   STD_TORCH_CHECK(logits.dim() == 2 && targets.dim() == 2 && logits.size(1) == targets.size(1), "mask_cost: need (N, P) and (M, P)");
   const Tensor x = rows_contiguous(logits), t = rows_contiguous(targets);
   const int64_t N = x.size(0), M = t.size(0), P = x.size(1), slice = slice_of(P), slices = (P + slice - 1) / slice;
-  const int64_t group = slices >= 8 ? std::max<int64_t>(N, 1) : kGroup, groups = std::max<int64_t>(1, (N + group - 1) / group);
+  const int64_t group = group_of(N, M, slices), groups = std::max<int64_t>(1, (N + group - 1) / group);
   const auto empty = [&](std::vector<int64_t> shape) { return torch::stable::new_empty(logits, shape, ScalarType::Float); };
   Tensor overlap = empty({N, M}), entropy = empty({N, M}), prob = empty({N}), area = empty({M});
-  std::vector<double> overlaps(slices * N * M), entropies(slices * N * M), probs(slices * N), areas(slices * M);
+  std::vector<double> overlaps(slices * N * M), entropies(slices * N * M), probs(slices * N), softplus(slices * N), areas(slices * M);
   const Rows logit_rows = rows_of(x), target_rows = rows_of(t);
   const Kernels& kernel = kernels();
   parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch((M + 2 * kRows) * kChunk);
+    Scratch scratch(scratch_floats(group, M));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t s = task / groups, g = task % groups;
       kernel.forward({logit_rows, target_rows, s * slice, std::min(P, (s + 1) * slice), g * group, std::min(N, (g + 1) * group),
                       overlaps.data() + s * N * M, entropies.data() + s * N * M, probs.data() + s * N,
-                      g ? nullptr : areas.data() + s * M, scratch.data()});
+                      softplus.data() + s * N, g ? nullptr : areas.data() + s * M, scratch.data()});
     }
   });
   add_slices(overlaps.data(), slices, N * M, overlap.mutable_data_ptr<float>());

@@ -8,6 +8,7 @@ namespace pyvseg::mask_cost_backward {
 
 using mask_cost::Element;
 using mask_cost::kChunk;
+using mask_cost::kStride;
 using mask_cost::Rows;
 
 struct Backward {
@@ -16,7 +17,7 @@ struct Backward {
   const float *prob, *total;       // (N): gradient of the sum of sigmoids; `entropy` summed over the targets
   int64_t begin, end, pixels;      // slice of the pixels, and all of them
   void* grad;                      // (N, pixels), in the logits' dtype
-  float* scratch;                  // M * kChunk
+  float* scratch;                  // M * kStride
 };
 
 struct Kernels {
@@ -54,7 +55,7 @@ PYVSEG_INLINE void tile(const Backward& b, int64_t row, int64_t at, const float*
   for (int64_t m = 0; m < M; ++m) {
     vfloat t[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) t[v] = load(targets + m * kChunk + v * kLanes);
+    for (int v = 0; v < V; ++v) t[v] = load(targets + m * kStride + v * kLanes);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -91,7 +92,7 @@ template <typename T>
 void chunks(const Backward& b) {
   for (int64_t begin = b.begin; begin < b.end; begin += kChunk) {
     const int64_t n = b.end - begin < kChunk ? b.end - begin : kChunk;
-    for (int64_t m = 0; m < b.targets.count; ++m) widen_row(b.targets, m, begin, n, b.scratch + m * kChunk);
+    for (int64_t m = 0; m < b.targets.count; ++m) widen_row(b.targets, m, begin, n, b.scratch + m * kStride);
     int64_t row = 0;
     for (; row + kTileRows <= b.logits.count; row += kTileRows) rows<kTileRows, T>(b, row, begin, n);
     for (; row < b.logits.count; ++row) rows<1, T>(b, row, begin, n);
@@ -131,7 +132,7 @@ Tensor mask_cost_backward(const Tensor& overlap, const Tensor& entropy, const Te
   const Rows logit_rows = rows_of(x), target_rows = rows_of(t);
   const Kernels& kernel = kernels();
   parallel_for(0, (P + kChunk - 1) / kChunk, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(M * kChunk);
+    mask_cost::Scratch scratch(M * kStride);
     kernel.backward({logit_rows, target_rows, go.const_data_ptr<float>(), entropies, gp.const_data_ptr<float>(), total.data(),
                      begin * kChunk, std::min(P, end * kChunk), P, grad.mutable_data_ptr(), scratch.data()});
   });

@@ -69,18 +69,33 @@ PYVSEG_INLINE bool is_set(Number x) {
   return load1(&x) > 0;
 }
 
+// Memory, not arithmetic, binds this: lines are asked for some pages ahead, which the hardware by itself does not do.
+constexpr int64_t kAhead = 4096;  // bytes
+
+template <typename T>
+PYVSEG_INLINE void prefetch64(const T* p) {
+  for (size_t byte = 0; byte < 64 * sizeof(T); byte += 64) __builtin_prefetch((const char*)p + kAhead + byte);
+}
+
 template <typename T>
 void pack_words(const Pack& p, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t first = i % p.words * 64;
-    const T* from = (const T*)p.masks + i / p.words * p.numel + first;
-    if (first + 64 <= p.numel) {
-      p.bits[i] = bits64(from);
-      continue;
+  const int64_t whole = p.numel / 64;
+  for (int64_t i = begin; i < end;) {
+    const int64_t row = i / p.words, word = i % p.words;
+    const T* from = (const T*)p.masks + row * p.numel + word * 64;
+    int64_t n = p.words - word < end - i ? p.words - word : end - i;  // up to the row's or the range's end
+    uint64_t* to = p.bits + i;
+    i += n;
+    if (word + n > whole) {
+      n = whole - word;
+      uint64_t bits = 0;
+      for (int64_t j = 0; j < p.numel % 64; ++j) bits |= uint64_t(is_set(from[n * 64 + j])) << j;
+      to[n] = bits;
     }
-    uint64_t bits = 0;
-    for (int64_t j = 0; j < p.numel - first; ++j) bits |= uint64_t(is_set(from[j])) << j;
-    p.bits[i] = bits;
+    for (int64_t w = 0; w < n; ++w) {
+      prefetch64(from + w * 64);
+      to[w] = bits64(from + w * 64);
+    }
   }
 }
 void pack(const Pack& p, int64_t begin, int64_t end) {

@@ -13,6 +13,7 @@ enum class Element : int32_t { kFloat, kBfloat16, kHalf, kByte };  // the first 
 struct Corners {
   int32_t index[4];  // into a plane; of corners outside any index of the plane, with weight 0
   float weight[4];
+  int64_t point;  // whose corners these are: they may stand in another order
 };
 
 struct Planes {
@@ -65,6 +66,7 @@ void corners(const float* points, int64_t n, int64_t height, int64_t width, Corn
       out[i].index[c] = y.index[c / 2] * int32_t(width) + x.index[c % 2];
       out[i].weight[c] = y.weight[c / 2] * x.weight[c % 2];
     }
+    out[i].point = i;
   }
 }
 
@@ -82,7 +84,7 @@ void sample_of(const Planes& p, int64_t plane) {
     const Corners& c = p.corners[i];
     const float top = c.weight[0] * number(from + c.index[0]) + c.weight[1] * number(from + c.index[1]);
     const float bottom = c.weight[2] * number(from + c.index[2]) + c.weight[3] * number(from + c.index[3]);
-    store1(to + i, top + bottom);
+    store1(to + c.point, top + bottom);
   }
 }
 void sample(const Planes& p, int64_t plane) {
@@ -97,8 +99,9 @@ void backward_of(const Gradients& g, int64_t plane) {
   const T* from = (const T*)g.samples + plane * g.points;
   for (int64_t i = 0; i < g.size; ++i) g.scratch[i] = 0;
   for (int64_t i = 0; i < g.points; ++i) {
-    const float grad = load1(from + i);
-    for (int c = 0; c < 4; ++c) g.scratch[g.corners[i].index[c]] += g.corners[i].weight[c] * grad;
+    const Corners& at = g.corners[i];
+    const float grad = load1(from + at.point);
+    for (int c = 0; c < 4; ++c) g.scratch[at.index[c]] += at.weight[c] * grad;
   }
   copy_rounded((T*)g.masks + plane * g.size, g.scratch, g.size);
 }
@@ -128,17 +131,29 @@ Element element_of(const Tensor& t) {
   return t.scalar_type() == ScalarType::Bool ? Element::kByte : Element(number_of(t));
 }
 
+// The same corners from top to bottom, so that neighbours in the table share cache lines of the plane.
+void sort_by_row(Corners* corners, int64_t n, int64_t height, int64_t width) {
+  std::vector<int64_t> start(height + 1);
+  for (int64_t i = 0; i < n; ++i) ++start[corners[i].index[0] / width + 1];
+  for (int64_t row = 0; row < height; ++row) start[row + 1] += start[row];
+  const std::vector<Corners> unsorted(corners, corners + n);
+  for (const Corners& c : unsorted) corners[start[c.index[0] / width]++] = c;
+}
+
 // Corners of points (G, K, 2) float32 in planes of the given size, one row per set of points.
-std::vector<Corners> corners_of(const Tensor& points, int64_t height, int64_t width) {
+std::vector<Corners> corners_of(const Tensor& points, int64_t height, int64_t width, int64_t planes) {
   STD_TORCH_CHECK(points.dim() == 3 && points.size(2) == 2 && points.scalar_type() == ScalarType::Float, "point_sample: points");
   STD_TORCH_CHECK(height * width <= INT32_MAX, "point_sample: planes of 2^31 elements or more");
   const Tensor rows = torch::stable::contiguous(points);
-  const int64_t n = points.size(0) * points.size(1);
-  std::vector<Corners> corners(n);
+  const int64_t sets = points.size(0), n = points.size(1);
+  std::vector<Corners> corners(sets * n);
   const float* from = rows.const_data_ptr<float>();
   const Kernels& kernel = kernels();
-  parallel_for(0, n, 4096, [&](int64_t begin, int64_t end) {
-    kernel.corners(from + 2 * begin, end - begin, height, width, corners.data() + begin);
+  parallel_for(0, sets, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t set = begin; set < end; ++set) {
+      kernel.corners(from + 2 * set * n, n, height, width, corners.data() + set * n);
+      if (planes >= 8 * sets) sort_by_row(corners.data() + set * n, n, height, width);  // costs about as much as one plane
+    }
   });
   return corners;
 }
@@ -157,7 +172,7 @@ Tensor point_sample(const Tensor& masks, const Tensor& points) {
   const Element element = element_of(planes);
   Tensor samples = torch::stable::new_empty(masks, {N, T, K}, element == Element::kByte ? ScalarType::Float : masks.scalar_type());
   if (H * W == 0) return torch::stable::fill_(samples, 0.0);
-  const std::vector<Corners> corners = corners_of(points, H, W);
+  const std::vector<Corners> corners = corners_of(points, H, W, N * T);
   const void* from = planes.const_data_ptr();
   void* to = samples.mutable_data_ptr();
   const Kernels& kernel = kernels();
@@ -175,7 +190,7 @@ Tensor point_sample_backward(const Tensor& grad, const Tensor& points, int64_t h
   STD_TORCH_CHECK(points.size(1) == K && (points.size(0) == N || points.size(0) == 1), "point_sample_backward: points do not fit");
   Tensor masks = torch::stable::new_empty(grad, {N, T, height, width});
   if (size == 0) return masks;
-  const std::vector<Corners> corners = corners_of(points, height, width);
+  const std::vector<Corners> corners = corners_of(points, height, width, N * T);
   const Element element = element_of(samples);
   const void* from = samples.const_data_ptr();
   void* to = masks.mutable_data_ptr();
