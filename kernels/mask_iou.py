@@ -32,24 +32,24 @@ def pack_masks(masks: Tensor) -> Tensor:
 
 
 @triton.jit
-def _bits(base, row, rows, words, word, end, ELEMENTS: tl.constexpr):
-    """ELEMENTS elements of the masks `row`, from `word` on, as int8 zeros and ones; zeros outside."""
-    element = tl.arange(0, ELEMENTS)
-    at = word + element // 64
+def _bits(base, row, rows, words, word, end, WORDS: tl.constexpr):
+    """The elements of WORDS words from `word` on, of the masks `row`, as int8 zeros and ones; zeros outside."""
+    at = word + tl.arange(0, WORDS)
     value = tl.load(base + row[:, None] * words + at[None, :], mask=(row[:, None] < rows) & (at[None, :] < end), other=0)
-    return ((value >> (element % 64).to(tl.int64)[None, :]) & 1).to(tl.int8)
+    bit = (value[:, :, None] >> tl.arange(0, 64).to(tl.int64)[None, None, :]) & 1
+    return tl.reshape(bit.to(tl.int8), (row.shape[0], WORDS * 64))
 
 
 @triton.jit
-def _overlap(a, b, counts, N, M, words, slice, TILE: tl.constexpr, ELEMENTS: tl.constexpr):
+def _overlap(a, b, counts, N, M, words, slice, TILE: tl.constexpr, WORDS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     begin = tl.program_id(2).to(tl.int64) * slice
     end = tl.minimum(begin + slice, words)
     total = tl.zeros((TILE, TILE), tl.int32)
-    for word in range(begin, end, ELEMENTS // 64):
-        left = _bits(a, row, N, words, word, end, ELEMENTS)
-        right = _bits(b, column, M, words, word, end, ELEMENTS)
+    for word in range(begin, end, WORDS):
+        left = _bits(a, row, N, words, word, end, WORDS)
+        right = _bits(b, column, M, words, word, end, WORDS)
         total = tl.dot(left, tl.trans(right), total, out_dtype=tl.int32)
     out = counts + tl.program_id(2).to(tl.int64) * N * M + row[:, None] * M + column[None, :]
     tl.store(out, total, mask=(row[:, None] < N) & (column[None, :] < M))
@@ -84,6 +84,6 @@ def mask_iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     slices = triton.cdiv(words, slice)
     counts = a.new_empty(slices, N, M, dtype=torch.int32)
     _overlap[(triton.cdiv(N, tile), triton.cdiv(M, tile), slices)](
-        a, b, counts, N, M, words, slice, TILE=tile, ELEMENTS=128, num_warps=4
+        a, b, counts, N, M, words, slice, TILE=tile, WORDS=2, num_warps=4
     )  # fmt: skip
     return counts.sum(0), *areas
