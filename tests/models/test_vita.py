@@ -21,7 +21,7 @@ SMALL = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["vita-small", "genvis-online-small", "genvis-semionline-small"])
+@pytest.mark.parametrize("name", ["vita-small", "genvis-online-small", "genvis-semionline-small", "vita-loss", "genvis-loss"])
 def test_stored_cases_agree(name):
     report = verify_case(shared("parity", name))
     assert report.passed, report.summary() + "\n" + "\n".join(str(line) for line in report.lines if line.failed)
