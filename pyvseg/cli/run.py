@@ -16,13 +16,17 @@ from pyvseg.errors import PyvsegError
 
 @dataclass
 class Run:
-    """Follow objects through a video: from masks at one or more frames to masks at every frame.
+    """Follow objects through a video: from masks at one or more frames to masks at every frame, or find them all by their class.
 
     For one video OUT receives overlay.mp4, masks/ (palette PNGs) and masks.json (COCO RLE). For example
 
         pyvseg run video.mp4 --mask first_frame.png
         pyvseg run frames/ --mask objects.json --model stcn_r50 --weights stcn.pth --out results
         pyvseg run DAVIS --sequences DAVIS/ImageSets/2017/val.txt --out results
+        pyvseg run street.mp4 --model ctvis_r50_ytvis19 --weights CTVIS_checkpoint.pth
+
+    Models for video instance segmentation need no masks; of them OUT receives results.json (YouTube-VIS results), overlay.mp4
+    and masks/.
 
     Ctrl-C stops at the end of a clip; the same command with --resume goes on and gives the same masks.
     """
@@ -51,6 +55,10 @@ class Run:
     """Datasets: use each sequence's first mask, or all; auto = first where every frame is annotated."""
     sequences: list[str] = field(default_factory=list)
     """Datasets: names of sequences, or a text file that lists them."""
+    score_threshold: float = 0.3
+    """Instance segmentation: tracks of a lower score are left out of masks and overlay; results.json has all."""
+    top_k: int | None = None
+    """Instance segmentation: so many tracks at most. Left out: the model's published number."""
     overlay: bool = True
     """Leave out the overlay video."""
     overwrite: bool = False
@@ -65,6 +73,9 @@ def run(options: Run) -> None:
 
     keep_freed_memory()
     bounds = _frame_range(options.frames)
+    if _finds_instances(options):
+        _run_instances(options, bounds)
+        return
     masks = list(options.mask) or None
     tracker = _tracker(options)
     summary = run_engine(
@@ -72,6 +83,38 @@ def run(options: Run) -> None:
         frames=bounds, annotations=options.annotations, sequences=options.sequences, queue_frames=2 * tracker.settings["clip_length"],
     )  # fmt: skip
     report(summary)
+
+
+def _finds_instances(options: Run) -> bool:
+    from pyvseg.models import zoo
+
+    task = zoo.variant(options.model).task
+    if task == "image segmentation":
+        raise PyvsegError(f"{options.model} segments single images; for videos there are the video_instance models of `pyvseg models`")
+    return task == "video instance segmentation"
+
+
+def _run_instances(options: Run, bounds: tuple[int, int | None] | None) -> None:
+    from pyvseg.engine.instances import run_instances
+    from pyvseg.models import zoo
+
+    if options.mask or options.resume:
+        raise PyvsegError(f"{options.model} finds the objects itself, in one go; leave {'--mask' if options.mask else '--resume'} out")
+    if options.top_k is not None and options.top_k < 1:
+        raise PyvsegError(f"--top-k {options.top_k}: must be at least 1")
+    if not (options.video.exists() and (options.weights is None or options.weights.is_file())):
+        missing = options.video if not options.video.exists() else f"weights {options.weights}"
+        raise PyvsegError(f"{missing}: no such file")
+    model = zoo.load(options.model, weights=options.weights, device=options.device, precision=options.precision)
+    summary = run_instances(
+        model, options.video, out=options.out, classes=zoo.variant(options.model).classes, score_threshold=options.score_threshold,
+        top=options.top_k, overlay=options.overlay, overwrite=options.overwrite, frames=bounds,
+    )  # fmt: skip
+    if options.overlay:
+        print(f"overlay video   {options.out / 'overlay.mp4'}")
+    print(f"palette PNGs    {options.out / 'masks'}, {summary.shown} objects of score {options.score_threshold} or more")
+    print(f"YouTube-VIS     {options.out / 'results.json'}, {len(summary.tracks)} tracks")
+    print(f"{summary.frames} frames in {summary.seconds:.1f} s: {summary.frames / summary.seconds:.1f} frames per second, reading and writing included")
 
 
 def report(summary) -> None:

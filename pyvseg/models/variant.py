@@ -28,6 +28,7 @@ class Variant:
     licence: str
     published: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    classes: tuple[str, ...] = ()  # names, where the data set gives them
 
     @property
     def bundled(self) -> Path | None:

@@ -117,9 +117,14 @@ class VideoInstances:
 
     def masks(self, track: int) -> np.ndarray:
         """bool (T, H, W)"""
-        rles = self.segments[int(self.objects[track])]
         empty = np.zeros(self.size, bool)
-        return np.stack([empty if rle is None else decode_rle(rle, self.size, "segment") for rle in rles])
+        masks = [self.mask(track, t) for t in range(len(self.segments[int(self.objects[track])]))]
+        return np.stack([empty if mask is None else mask for mask in masks])
+
+    def mask(self, track: int, frame: int) -> np.ndarray | None:
+        """bool (H, W), None where the track is not in the frame."""
+        rle = self.segments[int(self.objects[track])][frame]
+        return None if rle is None else decode_rle(rle, self.size, "segment")
 
 
 @dataclass(frozen=True)

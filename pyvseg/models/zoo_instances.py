@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pyvseg.layers.backbones import RESNET50, RESNET101, SWIN_B, SWIN_L, SWIN_S, SWIN_T
+from pyvseg.models.categories import OVIS, YOUTUBE_VIS_2019, YOUTUBE_VIS_2021
 from pyvseg.models.ctvis import CTVISSettings
 from pyvseg.models.genvis import GenVISSettings
 from pyvseg.models.mask2former import Mask2FormerSettings
@@ -15,6 +16,8 @@ from pyvseg.models.vita import VITASettings
 R50, LARGE = {"backbone": RESNET50, "queries": 100}, {"backbone": SWIN_L, "queries": 200}
 CLASSES = {"ytvis19": 40, "ytvis21": 40, "ytvis22": 40, "ovis": 25}
 DATA = {"ytvis19": "YouTube-VIS 2019", "ytvis21": "YouTube-VIS 2021", "ytvis22": "YouTube-VIS 2022", "ovis": "OVIS"}
+NAMES = {"ytvis19": YOUTUBE_VIS_2019, "ytvis21": YOUTUBE_VIS_2021, "ytvis22": YOUTUBE_VIS_2021, "ovis": OVIS}
+VIDEO_INSTANCES = "video instance segmentation"
 _COCO = {"short_side": 800}
 _M2F_WEIGHTS = "CC BY-NC 4.0"
 
@@ -97,7 +100,9 @@ def _genvis() -> Iterator[Variant]:
 
 def _video(system: str, backbone: str, data: str, settings, file: str, where: str, licence: str, result: float, note: str = "") -> Variant:
     published = {f"{DATA[data]} val AP": str(result)}
-    return Variant(f"{system}_{backbone}_{data}", "video instance segmentation", system, settings, file, where, licence, published, note)
+    return Variant(
+        f"{system}_{backbone}_{data}", VIDEO_INSTANCES, system, settings, file, where, licence, published, note, NAMES[data]
+    )  # fmt: skip
 
 
 def _top(data: str) -> int:

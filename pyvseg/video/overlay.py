@@ -23,3 +23,19 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.45) -
     border = cv2.compare(inner, labels, cv2.CMP_NE)
     cv2.copyTo(cv2.addWeighted(colours, 0.75, colours, 0, 64), border, drawn)
     return drawn
+
+
+def draw_captions(image: np.ndarray, labels: np.ndarray, captions: dict[int, str]) -> None:
+    """Writes each object's id and caption onto the top of its mask, in place; image uint8 (H, W, 3), labels uint8 (H, W)."""
+    scale = max(min(labels.shape) / 1000, 0.35)
+    thickness = max(1, round(2 * scale))
+    for i, text in captions.items():
+        rows = np.flatnonzero((labels == i).any(1))
+        if len(rows):
+            columns = np.flatnonzero(labels[rows[0]] == i)
+            text = f"{i} {text}"
+            (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
+            x = int(np.clip(columns.mean() - width / 2, 0, max(labels.shape[1] - width, 0)))
+            place = (x, max(int(rows[0]), height + 2))
+            cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), thickness + 2, cv2.LINE_AA)
+            cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), thickness, cv2.LINE_AA)

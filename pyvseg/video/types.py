@@ -25,3 +25,4 @@ class FrameResult:
     image: np.ndarray  # uint8 (H, W, 3), RGB: the frame itself, for drawing
     labels: np.ndarray  # uint8 (H, W), object id of each pixel; 0 = background
     object_ids: tuple[int, ...]  # ids of the objects that have entered so far, ascending
+    captions: dict[int, str] | None = None  # id -> what the overlay says of the object

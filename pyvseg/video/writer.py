@@ -17,7 +17,7 @@ import av
 import numpy as np
 
 from pyvseg.errors import OutputError
-from pyvseg.video.overlay import draw_overlay
+from pyvseg.video.overlay import draw_captions, draw_overlay
 from pyvseg.video.png import write_labels
 from pyvseg.video.rle import encode_rle
 from pyvseg.video.types import FrameResult
@@ -69,6 +69,8 @@ class OverlayWriter:
 
     def write(self, result: FrameResult) -> None:
         image = draw_overlay(result.image, result.labels)
+        if result.captions:
+            draw_captions(image, result.labels, result.captions)
         if image.shape[0] % 2 or image.shape[1] % 2:
             image = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge")
         with output_errors(self.path):
@@ -84,6 +86,19 @@ class OverlayWriter:
         with suppress(OSError, av.FFmpegError):
             self.container.close()
         self.temporary.unlink(missing_ok=True)
+
+
+def write_tracks(path: Path, video_name: str, tracks) -> None:
+    """A `VideoInstances` in the form of YouTube-VIS results, one entry per track: what the evaluation server takes.
+
+    [{"video_id": NAME, "score": 0.9, "category_id": 1, "segmentations": [{"size": [H, W], "counts": "..."}, null, ...]}, ...]
+    """
+    with output_errors(path), open(path, "w", encoding="ascii") as out:
+        for i, (score, label, name) in enumerate(zip(tracks.scores, tracks.labels, tracks.objects)):
+            entry = {"video_id": video_name, "score": float(score), "category_id": int(label) + 1, "object_id": int(name)}
+            out.write("[" if not i else ",\n")
+            out.write(json.dumps(entry | {"segmentations": tracks.segments[int(name)]}))
+        out.write("]\n" if len(tracks) else "[]\n")
 
 
 class RleWriter:

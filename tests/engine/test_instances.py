@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Video instance segmentation end to end, with small networks of random weights: mechanics, no accuracy."""
+
+import json
+from dataclasses import replace
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from pyvseg import checkpoints
+from pyvseg.cli.main import main
+from pyvseg.engine.instances import segment
+from pyvseg.engine.types import Frame
+from pyvseg.errors import VideoError
+from pyvseg.layers.backbones import ResNetSizes
+from pyvseg.models import zoo
+from pyvseg.models.categories import OVIS, YOUTUBE_VIS_2019, YOUTUBE_VIS_2021
+from pyvseg.video.rle import decode_rle
+
+SIZES = dict(
+    queries=8, backbone=ResNetSizes(18, 16, 16, 16), width=32, mask_width=32, hidden=32, heads=4, encoder_layers=1, encoder_ffn=32,
+    decoder_layers=3, ffn=32, short_side=48,
+)  # fmt: skip
+VIDEO = dict(video_queries=8, video_heads=4, video_ffn=32, video_encoder_layers=2, video_layers=1)
+NAMES = ["mask2former_video_r50_ytvis19", "minvis_r50_ytvis21", "ctvis_r50_ovis", "vita_r50_ytvis19", "genvis_r50_ytvis19_semionline"]
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Makes a variant small; returns its weights file."""
+
+    def make(name):
+        chosen = zoo.variant(name)
+        more = VIDEO if name.startswith(("vita", "genvis")) else {"embed_hidden": 32} if name.startswith("ctvis") else {}
+        chosen = replace(chosen, settings=replace(chosen.settings, **SIZES, **more))
+        monkeypatch.setitem(zoo.ZOO, name, chosen)
+        torch.manual_seed(0)
+        path = tmp_path / f"{name}.safetensors"
+        checkpoints.write(path, zoo.SYSTEMS[chosen.system].network(chosen.settings).state_dict())
+        return path
+
+    return make
+
+
+@pytest.fixture
+def clip(tmp_path):
+    folder = tmp_path / "street"
+    folder.mkdir()
+    for t in range(5):
+        image = np.full((54, 71, 3), 90, np.uint8)
+        cv2.circle(image, (20 + 6 * t, 27), 12, (30, 200, 240), -1)
+        cv2.imwrite(str(folder / f"{t:05d}.png"), image)
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_run_writes_results_masks_and_overlay(name, small, clip, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["run", str(clip), "--model", name, "--weights", str(small(name)), "--out", str(out), "--score-threshold", "0", "--top-k", "7"]
+    assert main(command) == 0, capsys.readouterr().err
+    assert "results.json, 7 tracks" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert [r["score"] for r in results] == sorted((r["score"] for r in results), reverse=True) and len(results) == 7
+    for result in results:
+        assert result["video_id"] == "street" and 1 <= result["category_id"] <= len(zoo.variant(name).classes)
+        assert len(result["segmentations"]) == 5
+        for rle in result["segmentations"]:
+            assert rle is None or decode_rle(rle, (54, 71), "result").any()
+    labels = [cv2.imread(str(out / "masks" / f"{t:05d}.png"), cv2.IMREAD_UNCHANGED) for t in range(5)]
+    assert all(image.shape[:2] == (54, 71) for image in labels)
+    with av.open(str(out / "overlay.mp4")) as movie:
+        assert not movie.streams.audio and sum(1 for _ in movie.decode(video=0)) == 5
+    assert sorted(path.name for path in out.iterdir()) == ["masks", "overlay.mp4", "results.json"]
+    assert main(command) == 2 and "--overwrite" in capsys.readouterr().err
+
+
+def test_clear_errors(small, clip, tmp_path, capsys):
+    name = "ctvis_r50_ovis"
+    weights = str(small(name))
+    run = ["run", str(clip), "--out", str(tmp_path / "out"), "--model"]
+    assert main([*run, name, "--weights", weights, "--mask", "first.png"]) == 2 and "leave --mask out" in capsys.readouterr().err
+    assert main([*run, name]) == 2 and "download" in capsys.readouterr().err
+    assert main([*run, "mask2former_r50_coco_panoptic"]) == 2 and "single images" in capsys.readouterr().err
+    assert main([*run, "minvis_r50_ytvis19", "--weights", weights]) == 2 and "fit ctvis_r50_ovis" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (3, 400), (300, 2)])
+def test_one_frame_of_any_shape(height, width, small):
+    model = zoo.load("minvis_r50_ytvis21", weights=small("minvis_r50_ytvis21"))
+    tracks = segment(model, [Frame(0, np.zeros((height, width, 3), np.uint8), "0")])
+    assert tracks.masks(0).shape == (1, height, width) and np.isfinite(tracks.scores).all()
+
+
+def test_frames_of_another_size_and_no_frames(small):
+    model = zoo.load("minvis_r50_ytvis21", weights=small("minvis_r50_ytvis21"))
+    frames = [Frame(t, np.zeros((20 + t, 30, 3), np.uint8), str(t)) for t in range(2)]
+    with pytest.raises(VideoError, match="from 30x20 to 30x21"):
+        segment(model, frames)
+    with pytest.raises(VideoError, match="no frames"):
+        segment(model, [])
+
+
+def test_bfloat16_stays_near_float32(small, clip):
+    path = small("ctvis_r50_ovis")
+    frames = [Frame(t, cv2.imread(str(p)), str(t)) for t, p in enumerate(sorted(clip.iterdir()))]
+    exact, narrow = (segment(zoo.load("ctvis_r50_ovis", weights=path, precision=p), frames) for p in ("float32", "bfloat16"))
+    assert abs(exact.scores[0] - narrow.scores[0]) < 0.1 * exact.scores[0] and narrow.scores.dtype == np.float32
+
+
+def test_class_names():
+    assert [len(names) for names in (YOUTUBE_VIS_2019, YOUTUBE_VIS_2021, OVIS)] == [40, 40, 25]
+    assert (YOUTUBE_VIS_2019[27], YOUTUBE_VIS_2021[13], OVIS[21]) == ("airplane", "flying_disc", "motorcycle")
+    assert all(len(v.classes) == v.settings.classes for v in zoo.ZOO.values() if v.classes)
