@@ -17,6 +17,7 @@ help:
 	@echo "make test      run the whole test suite; make test ARGS='tests/ops -x' runs a part"
 	@echo "make install   only set up $(VENV): PyTorch, pyvseg with its compiled kernels, tools for tests"
 	@echo "make build     compile the kernels again after a change in csrc/"
+	@echo "make sanitize  run the fuzz of the ops under AddressSanitizer and UBSan, in a build of its own"
 	@echo "make clean     remove what was built; make distclean removes $(VENV) too"
 	@echo
 	@echo "TORCH='$(TORCH)' is what pip installs as PyTorch; PYTHON=$(PYTHON) makes $(VENV)"
@@ -26,6 +27,9 @@ demo: install
 
 test: install
 	$(VENV)/bin/python -m pytest -q --durations=10 $(ARGS)
+
+sanitize: install
+	tests/sanitize.sh $(ARGS)
 
 install build: $(INSTALL_STAMP)
 
@@ -53,4 +57,4 @@ clean:
 distclean: clean
 	rm -rf $(VENV)
 
-.PHONY: help demo test install build clean distclean
+.PHONY: help demo test sanitize install build clean distclean

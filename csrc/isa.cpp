@@ -23,17 +23,19 @@ int isa_count() { return kCount; }
 const char* isa_name(int isa) { return kNames[isa]; }
 
 // Each level's list follows its flags in CMakeLists.txt; the compiler's check includes the operating system's support.
+#define PYVSEG_VALUE_(isa) isa,
 bool isa_supported(int isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+  [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
                     __builtin_cpu_supports("bmi2");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
   const bool avx512_bf16 =
       avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vpopcntdq");
-  const bool supported[] = {true, avx2, avx512, avx512_bf16};
+  const bool baseline = true;
+  const bool supported[] = {PYVSEG_ISAS(PYVSEG_VALUE_)};
   return supported[isa];
 #else
   return isa == 0;

@@ -6,7 +6,9 @@
 // headers with inline functions: the linker keeps one copy of an inline function, and it might keep the AVX-512 one.
 #pragma once
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(PYVSEG_SANITIZE) && defined(__x86_64__)  // a build for tests: the two that differ most
+#define PYVSEG_ISAS(X) X(baseline) X(avx512_bf16)
+#elif defined(__x86_64__) || defined(_M_X64)
 #define PYVSEG_ISAS(X) X(baseline) X(avx2) X(avx512) X(avx512_bf16)
 #else
 #define PYVSEG_ISAS(X) X(baseline)

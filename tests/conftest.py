@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test may use."""
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+if library := os.environ.get("PYVSEG_TEST_EXTENSION"):  # another build of pyvseg._C: that of `make sanitize`
+    spec = importlib.util.spec_from_file_location("pyvseg._C", library)
+    sys.modules["pyvseg._C"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["pyvseg._C"])
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any Triton kernel is imported
