@@ -11,6 +11,7 @@ import torch
 
 import benchmarks.ops
 from benchmarks import harness, timing
+from pyvseg.ops import _measured
 
 THERE = [module.name for module in pkgutil.iter_modules(benchmarks.ops.__path__)]
 
@@ -28,6 +29,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=50, help="at most so many; every way runs once per round")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of the whole run; later cases are left out")
     parser.add_argument("--out", type=Path, help="folder for results.json and results.md, or those of the GPU's name")
+    parser.add_argument("--write-choice", action="store_true", help="note the fastest backend of each case in pyvseg/ops/measured.json")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in THERE]:
         parser.error(f"no op named {unknown[0]}; there are {', '.join(THERE)}")
@@ -72,7 +74,7 @@ def main() -> int:
     print(", ".join(f"{name} {fact}" for name, fact in facts.items()))
     print(harness.describe(peak), flush=True)
     results: list[harness.Result] = []
-    left_out, failed = 0, False
+    left_out, failed, choices = 0, False, []
     for case in cases(args.names or THERE, args.quick, args.only, args.device):
         if time.monotonic() - start > args.seconds:
             left_out += 1
@@ -82,8 +84,13 @@ def main() -> int:
         failed |= not {way for way in case.ways if way.startswith("pyvseg")} <= {row.way for row in rows}
         print(harness.table(case, rows, bars), flush=True)
         results.append((case, rows, bars))
+        if args.write_choice:
+            choices.append(harness.choice_of(case, args.device, args.budget / 3, args.rounds))
     if left_out:
         print(f"{left_out} cases left out: --seconds {args.seconds:g} were over")
+    if args.write_choice:
+        _measured.write([choice for choice in choices if choice])
+        print(f"written: {_measured.FILE}")
     if args.out:
         stem = harness.file_stem(facts)
         harness.write(args.out, facts, peak, results, stem)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # bash benchmarks/gpu.sh [OUT]: builds, tests and measures everything on a machine with a CUDA GPU, within 8 minutes.
 # It needs torch >= 2.11 with CUDA, Triton, nvcc, cmake, ninja and pybind11; no network, no installation. OUT (by default
-# benchmarks/results) receives <gpu>.json and <gpu>.md. A section that fails does not stop the next ones; the exit status
+# benchmarks/results) receives <gpu>.json and <gpu>.md; pyvseg/ops/measured.json learns the fastest backends; commit all. A section that fails does not stop the next ones; the exit status
 # is 1 if any failed. --dry-run goes through all sections on a machine without a GPU: CPU build, emulated tests, quick sizes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -70,7 +70,7 @@ sanitizer() {
   fi
 }
 measure() {
-  local size=(--rounds 30 --budget 0.6 --seconds $(($(left) - 25)))
+  local size=(--write-choice --rounds 30 --budget 0.6 --seconds $(($(left) - 25)))
   [ $DEVICE = cpu ] && size=(--quick --rounds 3 --budget 1 --seconds 30)
   "$PYTHON" -m benchmarks --device $DEVICE "${size[@]}" --out "$OUT"
 }

@@ -128,6 +128,31 @@ def rows_of(case: Case, peak: Peaks, budget: float, rounds: int, device: str = "
     return rows
 
 
+def choice_of(case: Case, device: str, budget: float, rounds: int) -> dict | None:
+    """A row of `pyvseg.ops._measured`: the backends against each other on the case's first way that is ours."""
+    ours = next((run for way, run in case.ways.items() if _ours(way)), None)
+    if ours is None:
+        return None
+    with _dispatch.recorded() as calls, _dispatch.backend("auto"):
+        ours()
+    if not calls:
+        return None
+    op, _, dtype, elements = max(calls, key=lambda call: call[3])
+    backends = [b for b in (("cuda", "triton") if device == "cuda" else ("cpu",)) if not _dispatch.missing(op, b)]
+    ways = {b: _on_backend(ours, b) for b in (*backends, "reference")}
+    if device == "cuda":
+        ways = {b: run for b, run in ways.items() if _runs(b, run)}
+    ms = {b: statistics.median(wall for wall, _ in times) * 1e3 for b, times in measure(ways, budget, rounds, device).items()}
+    best = min(ms, key=ms.get)
+    usual = next(iter(ms))
+    return {
+        "op": op, "device": device, "dtype": name(dtype), "elements": elements,
+        "backend": best if ms[best] < 0.95 * ms[usual] else usual,  # a near tie is none
+        "ms": {b: float(f"{x:.4g}") for b, x in ms.items()},
+        "case": case.name, "machine": machine_name(device), "torch": torch.__version__,
+    }  # fmt: skip
+
+
 def bars_of(case: Case, rows: list[Row]) -> list[str]:
     """One line for every bar of the case: met or missed, and by how much."""
     ms = {row.way: row.ms for row in rows}
@@ -141,17 +166,22 @@ def bars_of(case: Case, rows: list[Row]) -> list[str]:
     return lines
 
 
-def machine(threads: int, device: str = "cpu") -> dict[str, str]:
+def machine_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = names[0] if names else cpu
+    return f"{cpu}, {_dispatch.extension.isa()}" if _dispatch.extension else cpu
+
+
+def machine(threads: int, device: str = "cpu") -> dict[str, str]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    gpu = {"gpu": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda)} if device == "cuda" else {}
+    gpu = {"gpu": machine_name("cuda"), "CUDA": str(torch.version.cuda)} if device == "cuda" else {}
     return gpu | {
-        "cpu": cpu,
+        "cpu": machine_name("cpu"),
         "threads": str(threads),
-        "instruction set": _dispatch.extension.isa() if _dispatch.extension else "none (reference only)",
         "torch": torch.__version__,
         "commit": commit or "unknown",
         "load": f"{os.getloadavg()[0]:.1f}",

@@ -16,7 +16,7 @@ def info(options: Info | None = None) -> None:
     import torch
 
     from pyvseg import ops
-    from pyvseg.ops import _dispatch
+    from pyvseg.ops import _dispatch, _measured
 
     console = Console(highlight=False)
     extension = _dispatch.extension
@@ -30,6 +30,7 @@ def info(options: Info | None = None) -> None:
         ("instruction set", f"{extension.isa()} in use; {', '.join(extension.isas())} here" if extension else "none"),
         ("CUDA kernels", facts.get("cuda") or "not compiled"),
         ("GPU", gpu),
+        ("choice of backend", f"by measurements on {_measured.summary()}"),
     ]
     versions = Table(box=None, show_header=False, pad_edge=False)
     for row in rows:

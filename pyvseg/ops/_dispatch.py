@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyvseg.errors import PyvsegError
+from pyvseg.ops import _measured
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels take; the reference takes every floating dtype
@@ -129,7 +130,7 @@ def choose(op: str, name: str, *tensors: Tensor, dtypes: tuple[torch.dtype, ...]
     if name == "auto":
         if not fits:
             return "reference"
-        for candidate in ("cuda", "triton") if device == "cuda" else (device,):
+        for candidate in _in_order(op, device, tensors):
             if candidate in BACKENDS and not missing(op, candidate):
                 return candidate
         _warn(op, device, slower)
@@ -142,6 +143,32 @@ def choose(op: str, name: str, *tensors: Tensor, dtypes: tuple[torch.dtype, ...]
         if reason := missing(op, name):
             raise ValueError(f"backend={name!r} is not available for {op}: {reason}")
     return name
+
+
+def _in_order(op: str, device: str, tensors: tuple[Tensor, ...]) -> tuple[str, ...]:
+    """What to try: the backend that was measured as the fastest, compiled, Triton."""
+    if _calls is not None and not torch.compiler.is_compiling():
+        _calls.append((op, device, tensors[0].dtype, sum(t.numel() for t in tensors)))
+    order = ("cuda", "triton") if device == "cuda" else (device,)
+    measured = _measured.ranges(op, device, tensors[0].dtype)
+    if len(measured) <= 1:  # no size needed, which would bind a compiled graph to it
+        return (*(backend for _, backend in measured), *order)
+    elements = sum(t.numel() for t in tensors)
+    return (next(backend for limit, backend in measured if elements <= limit), *order)
+
+
+_calls: list[tuple[str, str, torch.dtype, int]] | None = None
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[str, str, torch.dtype, int]]]:
+    """(op, device, dtype, elements) of every automatic choice within the block, the key of `_measured`."""
+    global _calls
+    before, _calls = _calls, []
+    try:
+        yield _calls
+    finally:
+        _calls = before
 
 
 def report() -> list[tuple[str, str, bool, str]]:
