@@ -169,10 +169,10 @@ PYVSEG_INLINE void consider_all(Best& best, const vfloat logit[kRows][kColumns],
   best.score = most > best.score ? most : best.score;
 }
 
-// What the tile's run will sum and the next tile are fetched meanwhile. Returns whether a logit was NaN; if so, what it
-// has assigned is right only where it was careful.
+// Meanwhile it fetches a share of what the run that the tile is in will sum, and of the next run's pixels. Returns whether
+// a logit was NaN; if so, what it has assigned is right only where it was careful.
 template <typename T, bool careful>
-bool assign_tile(const Problem& p, const uint32_t* packed, uint32_t* tile, int64_t first, int64_t live) {
+bool assign_tile(const Problem& p, const uint32_t* packed, uint32_t* tile, int64_t run, int64_t first, int64_t live) {
   const int64_t steps = steps_of(p.pixel), clusters = p.clusters.positions, blocks = (clusters + kRows - 1) / kRows;
   const float *scale = scales(p, packed), *bias = scale + padded_clusters(p);
   float* begun = (float*)tile + steps * kTile;
@@ -180,8 +180,9 @@ bool assign_tile(const Problem& p, const uint32_t* packed, uint32_t* tile, int64
   Best best[kColumns];
   vfloat total[kColumns] = {};  // NaN if a logit is
   for (int64_t n = 0; n < clusters; n += kRows) {
-    prefetch(p.pixel, first + kTile, smaller(kTile, p.pixel.positions - first - kTile), n / kRows, blocks);
-    prefetch(p.value, first, live, n / kRows, blocks);
+    const int64_t part = (first - run) / kTile * blocks + n / kRows, parts = kRun / kTile * blocks;
+    prefetch(p.value, run, smaller(kRun, p.value.positions - run), part, parts);
+    prefetch(p.pixel, run + kRun, smaller(kRun, p.pixel.positions - run - kRun), part, parts);
     vfloat logit[kRows][kColumns] = {};
     if (done) __builtin_memcpy(logit, begun + n * kTile, sizeof logit);
     products<kPairs<T>>(tile + done * kTile, packed + (n / kLanes * steps + done) * kLanes + n % kLanes, steps - done, logit);
@@ -233,8 +234,12 @@ void chunk(const Problem& p, const uint32_t* packed, uint32_t* tile, int64_t beg
       using T = decltype(number);
       for (int64_t m = run; m < stop; m += kTile) {
         const int64_t live = smaller(stop - m, kTile);
+        if (p.clusters.positions == 1 && !p.logits) {
+          __builtin_memset(p.assign + m, 0, size_t(live) * sizeof(int32_t));
+          continue;
+        }
         for (int j = 0; j < kColumns; ++j) pack<T>(p.pixel, m + j * kLanes, live - j * kLanes, tile + j * kLanes, kTile);
-        if (assign_tile<T, false>(p, packed, tile, m, live)) assign_tile<T, true>(p, packed, tile, m, live);
+        if (assign_tile<T, false>(p, packed, tile, run, m, live)) assign_tile<T, true>(p, packed, tile, run, m, live);
       }
     });
     add_run(p.value, run, stop, p.assign, p.clusters.positions, bins);

@@ -15,6 +15,7 @@ from pyvseg.ops import _dispatch
 __all__ = ["KMeansAttn", "KMeansPool", "kmeans_assign", "kmeans_attn", "kmeans_pool"]
 
 _SLOWER = "3 to 8 times"
+_FEW = 16  # positions of a map below which PyTorch is quicker on a CPU than packing clusters and adding up bins
 
 
 class KMeansAttn(NamedTuple):
@@ -64,6 +65,8 @@ def kmeans_attn(
     centers = clusters.expand(frames, -1, -1) if B == 1 else clusters.repeat_interleave(frames, 0)
     inputs = (pixel.flatten(2), centers, value.flatten(2), scale, bias)
     choice = _dispatch.choose("kmeans_attn", backend, pixel, value, slower=_SLOWER)
+    if choice == "cpu" and backend == "auto" and inputs[0].shape[2] < _FEW:
+        choice = "reference"
     run = reference if choice == "reference" else _dispatch.kernels(choice).kmeans_attn
     update, assign, count, logits = run(*inputs, want_logits)
     shape = pixel.shape[2:]

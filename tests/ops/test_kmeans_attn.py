@@ -214,9 +214,18 @@ def test_empty(implementation):
         args = implementation.place(*(torch.ones(s) for s in ((B, C, M), (B, N, C), (B, D, M))))
         out = kmeans_attn(*args, want_logits=True, backend=implementation.backend)
         assert out.update.shape == (B, N, D) and out.assign.shape == (B, M) and out.logits.shape == (B, N, M)
+        assert kmeans_attn(*args).count.sum() == B * M  # without logits, and where few positions take the reference
         assert out.count.sum() == B * M and (out.update[:, 0] == M).all() and (out.update[:, 1:] == 0).all()
     pool = kmeans_pool(torch.ones(1, 3, 4), torch.zeros(1, 4, dtype=torch.int32), 0)
     assert pool.update.shape == (1, 0, 3) and pool.count.shape == (1, 0)
+
+
+@every
+def test_one_cluster(implementation):
+    args = implementation.place(*inputs(2, 8, 500 if not implementation.slow else 30, 1, 20))
+    out = kmeans_attn(*args, backend=implementation.backend)
+    assert not out.assign.any() and (out.count == args[0].shape[2]).all()
+    torch.testing.assert_close(out.update[:, 0], args[2].sum(2))
 
 
 @settings(max_examples=40)
