@@ -4,7 +4,6 @@ a backbone, and one step of a feature pyramid down to stride 4."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvseg.layers.position import sine_code_2d
-from pyvseg.ops import ms_deform_attn_fused
+from pyvseg.ops import MSDeformAttn
 
 Shapes = list[tuple[int, int]]
 
@@ -30,48 +29,10 @@ class PixelFeatures(NamedTuple):
     finest: Tensor
 
 
-class DeformableSelfAttention(nn.Module):
-    """Multi-scale deformable attention of the maps' pixels to each other."""
-
-    def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
-        super().__init__()
-        self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(width, heads * levels * points)
-        self.value_proj = nn.Linear(width, width)
-        self.output_proj = nn.Linear(width, width)
-        self._reset()
-
-    def _reset(self) -> None:
-        """Every head looks in its own direction, its points 1, 2, ... pixels away, all with equal weight."""
-        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
-        direction = torch.stack([angle.cos(), angle.sin()], -1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, self.points + 1).view(1, 1, -1, 1)
-        offsets = direction[:, None, None] * steps.expand(self.heads, self.levels, -1, 1)
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_(offsets.flatten())
-        for layer in (self.sampling_offsets, self.attention_weights):
-            nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.attention_weights.bias)
-        for layer in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, query: Tensor, x: Tensor, shapes: Shapes, centres: Tensor) -> Tensor:
-        """query and x (B, S, C), `shapes` the (height, width) of the maps, centres (S, 2) of their pixels -> (B, S, C)."""
-        value = self.value_proj(x).unflatten(-1, (self.heads, -1))
-        places = (self.heads, self.levels, self.points)
-        offsets = self.sampling_offsets(query).unflatten(-1, (*places, 2))
-        logits = self.attention_weights(query).unflatten(-1, places)
-        reference = centres[None, :, None].expand(len(x), -1, self.levels, -1)
-        return self.output_proj(ms_deform_attn_fused(value, shapes, reference, offsets, logits))
-
-
 class EncoderLayer(nn.Module):
     def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int) -> None:
         super().__init__()
-        self.self_attn = DeformableSelfAttention(width, heads, levels, points)
+        self.self_attn = MSDeformAttn(width, levels, heads, points)
         self.norm1 = nn.LayerNorm(width)
         self.linear1 = nn.Linear(width, hidden)
         self.linear2 = nn.Linear(hidden, width)
@@ -80,7 +41,9 @@ class EncoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, x: Tensor, position: Tensor, shapes: Shapes, centres: Tensor) -> Tensor:
-        x = self.norm1(x + self.self_attn(x + position, x, shapes, centres))
+        """Tokens (B, S, C) of the maps, their position codes (S, C), the (height, width) of each map, and where the tokens' pixels
+        are: (B, S, levels, 2), normalised (x, y), the same for all levels."""
+        x = self.norm1(x + self.self_attn(x + position, centres, x, shapes))
         return self.norm2(x + self.linear2(self.linear1(x).relu_()))
 
 
@@ -129,7 +92,7 @@ class PixelDecoder(nn.Module):
         """The deformable encoder: tokens (B, S, C) of the coarse maps, stride 32 first."""
         codes = [sine_code_2d(*shape, x.shape[-1], x.device, x.dtype) for shape in shapes]
         position = torch.cat([code + embed for code, embed in zip(codes, self.level_embed)])
-        centres = torch.cat([_centres(*shape, x.device) for shape in shapes])
+        centres = torch.cat([_centres(*shape, x.device) for shape in shapes])[None, :, None].expand(len(x), -1, len(shapes), -1)
         for layer in self.layers:
             x = layer(x, position, shapes, centres)
         return x

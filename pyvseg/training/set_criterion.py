@@ -100,11 +100,13 @@ class SetCriterion:
 
         together   so many neighbouring rows (the frames of an instance) are one mask: its points are judged together
         """
+        if not len(logits):
+            return {"loss_mask": logits.sum() * 0, "loss_dice": logits.sum() * 0}
         points = self.uncertain_points(logits.detach(), random)
         x, y = (point_sample(m.float(), points).reshape(len(m) // together, -1) for m in (logits, truth))
         p = x.sigmoid()
         dice = 1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)
-        bce = F.binary_cross_entropy_with_logits(x, y, reduction="none").mean(1) if len(x) else dice
+        bce = F.binary_cross_entropy_with_logits(x, y, reduction="none").mean(1)
         return {"loss_mask": bce.sum() / count, "loss_dice": dice.sum() / count}
 
     @torch.no_grad()
