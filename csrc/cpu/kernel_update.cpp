@@ -72,7 +72,7 @@ void finish(const Forward& f, int64_t begin, int64_t end) {
 
 }  // namespace
 
-PYVSEG_KERNELS = {{kPanel, kPanelFloats, multiply}, features, combine, finish};
+PYVSEG_KERNELS = {{kPanel, kBlockRows, kPanelFloats, multiply}, features, combine, finish};
 #else
 
 PYVSEG_KERNEL_TABLE
@@ -88,11 +88,11 @@ void each_row(int64_t rows, const Body& body) {
 // (R, 7 C) float32 for the backward
 std::tuple<Tensor, Tensor> kernel_update(const Tensor& pooled, const Tensor& kernel, const std::vector<Tensor>& given, double eps) {
   check(pooled, kernel, given);
-  const std::vector<Tensor> parameters = contiguous(given);
+  const std::vector<Tensor> parameters = dense(given);
   const int64_t R = kernel.size(0), C = kernel.size(1);
   Tensor out = torch::stable::new_empty(kernel, {R, C});
   Tensor state = torch::stable::new_empty(kernel, {R, kParts * C}, ScalarType::Float);
-  const Tensor pooled_rows = torch::stable::contiguous(pooled), kernel_rows = as_float(kernel);
+  const Tensor pooled_rows = dense(pooled), kernel_rows = as_float(kernel);
   const std::unique_ptr<float[]> mixed(new float[R * C]);
   const Forward f{update_of(R, C, state.mutable_data_ptr<float>(), parameters, eps), mixed.get(), out.mutable_data_ptr(), number_of(out)};
 

@@ -142,7 +142,7 @@ void finish(const Backward& b, int64_t block) {
 
 }  // namespace
 
-PYVSEG_KERNELS = {{kPanel, kPanelFloats, multiply}, start, gates, finish};
+PYVSEG_KERNELS = {{kPanel, kBlockRows, kPanelFloats, multiply}, start, gates, finish};
 #else
 
 PYVSEG_KERNEL_TABLE
@@ -158,9 +158,9 @@ std::vector<Tensor> kernel_update_backward(const Tensor& grad, const Tensor& poo
   const int64_t R = kernel.size(0), C = kernel.size(1), width = kParts * C, blocks = (R + kBlock - 1) / kBlock;
   STD_TORCH_CHECK(grad.numel() == R * C && state.numel() == R * width && state.scalar_type() == ScalarType::Float,
                   "kernel_update_backward: grad or state has the wrong shape or dtype");
-  const std::vector<Tensor> parameters = contiguous(given);
-  const Tensor grad_rows = torch::stable::contiguous(grad), state_rows = torch::stable::contiguous(state);
-  const Tensor pooled_rows = torch::stable::contiguous(pooled), kernel_rows = as_float(kernel);
+  const std::vector<Tensor> parameters = dense(given);
+  const Tensor grad_rows = dense(grad), state_rows = dense(state);
+  const Tensor pooled_rows = dense(pooled), kernel_rows = as_float(kernel);
   std::vector<Tensor> result{like(pooled, {R, C}), like(pooled, {R, C})};
   for (const Tensor& p : parameters) result.push_back(p.dim() == 2 ? like(pooled, {p.size(0), C}) : like(pooled, {p.size(0)}));
 

@@ -190,6 +190,12 @@ PYVSEG_INLINE void add_nibbles(uint32_t word, const float* tables, float* sum) {
   }
 }
 
+bool any(const uint64_t* words, int64_t count) {
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < count; ++i) bits |= words[i];
+  return bits;
+}
+
 template <int V>
 void add_block(const uint64_t* words, int64_t outputs, const float* rows, float* tables, float* sums) {
   constexpr int kWidth = V * kLanes;
@@ -218,8 +224,11 @@ void sum_chunk(const Sums& s, int64_t channel, int64_t begin, int64_t end, float
   float *rows = scratch, *tables = rows + 64 * kWidth, *sums = tables + 64 * kWidth, *totals = sums + size;
   __builtin_memset(scratch, 0, (2 * 64 * kWidth + 2 * size) * 4);
   for (int64_t row = 0; row < s.sources; row += 64) {
-    with_number(s.in_number, [&](auto number) { fill<V, decltype(number)>(s, row, channel, rows); });
-    add_block<V>(s.bits + row / 64 * s.outputs + begin, end - begin, rows, tables, sums);
+    const uint64_t* words = s.bits + row / 64 * s.outputs + begin;
+    if (any(words, end - begin)) {
+      with_number(s.in_number, [&](auto number) { fill<V, decltype(number)>(s, row, channel, rows); });
+      add_block<V>(words, end - begin, rows, tables, sums);
+    }
     if (row % kGroup != kGroup - 64 && row + 64 < s.sources) continue;
     for (int64_t i = 0; i < size; i += kLanes) {
       store(totals + i, load(totals + i) + load(sums + i));
