@@ -11,10 +11,12 @@ struct Match {
   const void *embeddings, *memory;  // (N, C), (M, C), contiguous, of one problem
   int64_t N, M, C;
   const int64_t *labels, *memory_labels;  // (N), (M), or null
-  float* scores;   // (N, M)
-  float* by_row;   // (N, M): softmax over the memory
+  float* scores;  // (N, M)
+  float* by_row;  // (N, M): softmax over the memory
+  float* panels;  // the memory as floats, transposed: blocks of kLanes tracks, (blocks, C, kLanes), zeros past the last
   Number number;
 };
+constexpr int64_t kMostLanes = 16;  // so many at most
 
 struct Greedy {
   const float* scores;   // (N, M) of one problem
@@ -27,34 +29,90 @@ struct Greedy {
 };
 
 struct Kernels {
-  void (*rows)(const Match&, int64_t begin, int64_t end);     // products into `scores`, their softmax into `by_row`
+  void (*panels)(const Match&, int64_t begin, int64_t end);   // rows of the memory, kMostLanes at a time
+  void (*rows)(const Match&, int64_t begin, int64_t end);     // groups of kRows: products into `scores`, their softmax into `by_row`
   void (*columns)(const Match&, int64_t begin, int64_t end);  // blocks of kColumns: softmax over the embeddings, the result
   void (*greedy)(const Greedy&);
 };
 
-constexpr int64_t kColumns = 64;
+constexpr int64_t kColumns = 64, kRows = 4;
 
 #ifdef PYVSEG_ISA
 namespace {
 
-constexpr int kTile = kLanes == 4 ? 2 : 4;  // rows of the memory that share one reading of an embedding
+constexpr int64_t kChannels = 32;  // summed one after the other; longer chains would lose digits
+#if defined(__AVX512F__)
+constexpr int kTile = 4;  // panels that share one reading of the embeddings
+#else
+constexpr int kTile = 2;
+#endif
 
-// out[j] = embedding . rows[j], j < T
-template <int T, typename From>
-PYVSEG_INLINE void dots(const From* embedding, const From* rows, int64_t C, float* out) {
-  vfloat total[T];
-#pragma GCC unroll 4
-  for (int j = 0; j < T; ++j) total[j] = vfloat{};
+template <typename T>
+void panel_of(const Match& m, int64_t block) {
+  const T* from = (const T*)m.memory + block * kLanes * m.C;
+  const int64_t count = m.M - block * kLanes < kLanes ? m.M - block * kLanes : kLanes;
+  float* to = m.panels + block * kLanes * m.C;
   int64_t c = 0;
-  for (; c + kLanes <= C; c += kLanes) {
-    const vfloat e = load(embedding + c);
+  for (; count == kLanes && c + kLanes <= m.C; c += kLanes) {
+    vuint square[kLanes];
+    for (int j = 0; j < kLanes; ++j) square[j] = (vuint)load(from + j * m.C + c);
+    transpose(square);
+    for (int i = 0; i < kLanes; ++i) store(to + (c + i) * kLanes, (vfloat)square[i]);
+  }
+  for (; c < m.C; ++c)
+    for (int64_t j = 0; j < kLanes; ++j) to[c * kLanes + j] = j < count ? load1(from + j * m.C + c) : 0.0f;
+}
+void panels(const Match& m, int64_t begin, int64_t end) {
+  const int64_t stop = end * kMostLanes < m.M ? end * kMostLanes : m.M;
+  for (int64_t block = begin * (kMostLanes / kLanes); block * kLanes < stop; ++block) {
+    if (m.number == Number::kFloat) panel_of<float>(m, block);
+    if (m.number == Number::kBfloat16) panel_of<bfloat16>(m, block);
+    if (m.number == Number::kHalf) panel_of<float16>(m, block);
+  }
+}
+
+// R embeddings against V panels of tracks, over the channels from `first` to `end`, added to what earlier ones gave.
+template <int R, int V, typename T>
+PYVSEG_INLINE void tile(const Match& m, const T* embeddings, int64_t row, int64_t block, int64_t first, int64_t end) {
+  vfloat total[R][V];
 #pragma GCC unroll 4
-    for (int j = 0; j < T; ++j) total[j] += e * load(rows + j * C + c);
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) total[r][v] = vfloat{};
+  const float* panel = m.panels + block * kLanes * m.C;
+  for (int64_t c = first; c < end; ++c) {
+    vfloat tracks[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) tracks[v] = load(panel + (v * m.C + c) * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const vfloat e = splat(load1(embeddings + r * m.C + c));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) total[r][v] += e * tracks[v];
+    }
   }
 #pragma GCC unroll 4
-  for (int j = 0; j < T; ++j) out[j] = sum(total[j]);
-  for (; c < C; ++c)
-    for (int j = 0; j < T; ++j) out[j] += load1(embedding + c) * load1(rows + j * C + c);
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const int64_t column = (block + v) * kLanes, left = m.M - column;
+      float* to = m.scores + (row + r) * m.M + column;
+      if (left >= kLanes)
+        store(to, first ? load(to) + total[r][v] : total[r][v]);
+      else
+        for (int64_t l = 0; l < left; ++l) to[l] = first ? to[l] + total[r][v][l] : total[r][v][l];
+    }
+}
+template <int R, typename T>
+void products(const Match& m, int64_t row) {
+  const T* embeddings = (const T*)m.embeddings + row * m.C;
+  const int64_t blocks = (m.M + kLanes - 1) / kLanes;
+  for (int64_t first = 0; first == 0 || first < m.C; first += kChannels) {
+    const int64_t end = first + kChannels < m.C ? first + kChannels : m.C;
+    int64_t block = 0;
+    for (; block + kTile <= blocks; block += kTile) tile<R, kTile>(m, embeddings, row, block, first, end);
+    for (; block < blocks; ++block) tile<R, 1>(m, embeddings, row, block, first, end);
+  }
 }
 
 PYVSEG_INLINE vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
@@ -77,17 +135,22 @@ PYVSEG_INLINE float softmax_terms(const float* x, int64_t n, float* out) {
 
 template <typename T>
 void rows_of(const Match& m, int64_t begin, int64_t end) {
-  const T *embeddings = (const T*)m.embeddings, *memory = (const T*)m.memory;
-  for (int64_t i = begin; i < end; ++i) {
-    float *scores = m.scores + i * m.M, *by_row = m.by_row + i * m.M;
-    int64_t j = 0;
-    for (; j + kTile <= m.M; j += kTile) dots<kTile>(embeddings + i * m.C, memory + j * m.C, m.C, scores + j);
-    for (; j < m.M; ++j) dots<1>(embeddings + i * m.C, memory + j * m.C, m.C, scores + j);
-    const float total = softmax_terms(scores, m.M, by_row);
-    for (j = 0; j < m.M; ++j) by_row[j] /= total;
+  for (int64_t i = begin; i < end; i += kRows) {
+    const int64_t count = end - i < kRows ? end - i : kRows;
+    if (count == kRows)
+      products<kRows, T>(m, i);
+    else
+      for (int64_t r = 0; r < count; ++r) products<1, T>(m, i + r);
+    for (int64_t r = 0; r < count; ++r) {
+      float* by_row = m.by_row + (i + r) * m.M;
+      const float total = softmax_terms(m.scores + (i + r) * m.M, m.M, by_row);
+      for (int64_t j = 0; j < m.M; ++j) by_row[j] /= total;
+    }
   }
 }
 void rows(const Match& m, int64_t begin, int64_t end) {
+  begin *= kRows;
+  end = end * kRows < m.N ? end * kRows : m.N;
   if (m.number == Number::kFloat) rows_of<float>(m, begin, end);
   if (m.number == Number::kBfloat16) rows_of<bfloat16>(m, begin, end);
   if (m.number == Number::kHalf) rows_of<float16>(m, begin, end);
@@ -146,7 +209,7 @@ void greedy(const Greedy& g) {
 
 }  // namespace
 
-PYVSEG_KERNELS = {rows, columns, greedy};
+PYVSEG_KERNELS = {panels, rows, columns, greedy};
 #else
 }  // namespace pyvseg::memory_match
 
@@ -180,14 +243,18 @@ Tensor memory_match(const Tensor& embeddings, const Tensor& memory, const std::o
     theirs = torch::stable::contiguous(*memory_labels);
     STD_TORCH_CHECK(own.numel() == B * N && theirs.numel() == B * M, "memory_match: labels do not fit");
   }
-  std::vector<float> by_row(N * M);
+  const int64_t blocks = (M + kMostLanes - 1) / kMostLanes;
+  std::vector<float> by_row(N * M), room(blocks * kMostLanes * C + 16);
+  float* panels = room.data() + (-reinterpret_cast<uintptr_t>(room.data()) % 64) / sizeof(float);  // vectors within cache lines
   const Kernels& kernel = kernels();
   for (int64_t b = 0; b < B; ++b) {
     const Match match{at(e, b * N * C), at(m, b * M * C), N, M, C,
                       labels.has_value() ? own.const_data_ptr<int64_t>() + b * N : nullptr,
                       labels.has_value() ? theirs.const_data_ptr<int64_t>() + b * M : nullptr,
-                      scores.mutable_data_ptr<float>() + b * N * M, by_row.data(), number};
-    parallel_for(0, N, std::max<int64_t>(1, 400000 / (M * C + 1)), [&](int64_t begin, int64_t end) { kernel.rows(match, begin, end); });
+                      scores.mutable_data_ptr<float>() + b * N * M, by_row.data(), panels, number};
+    parallel_for(0, blocks, std::max<int64_t>(1, 40000 / (kMostLanes * C + 1)), [&](int64_t begin, int64_t end) { kernel.panels(match, begin, end); });
+    parallel_for(0, (N + kRows - 1) / kRows, std::max<int64_t>(1, 400000 / (kRows * M * (C + 50) + 1)),
+                 [&](int64_t begin, int64_t end) { kernel.rows(match, begin, end); });
     parallel_for(0, (M + kColumns - 1) / kColumns, std::max<int64_t>(1, 20000 / (N * kColumns + 1)),
                  [&](int64_t begin, int64_t end) { kernel.columns(match, begin, end); });
   }
