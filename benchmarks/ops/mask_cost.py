@@ -68,7 +68,7 @@ def sampled(name: str, size: tuple[int, int], K: int) -> Case:
     points = torch.rand(K, 2)
     ways = {"published": lambda: published_points(logits, targets, points), "pyvseg": lambda: mask_costs(logits, targets, points)}
     reads = 4.0 * (N + M) * K * 4 + 8 * K
-    return Case("mask_cost", name, ways, reads, 4.0 * N * M * K, bars={("pyvseg", "published"): 10})
+    return Case("mask_cost", name, ways, reads, 4.0 * N * M * K, bars={("pyvseg", "published"): 5})
 
 
 def trained(name: str, logits: Tensor, targets: Tensor) -> Case:

@@ -31,8 +31,10 @@ struct Gradients {
   const Corners* corners;
   int64_t size, points;
   Element element;
-  float* scratch;  // size floats
+  float* scratch;  // size floats; for float32 masks nothing
 };
+
+constexpr int64_t kAhead = 64;  // points
 
 struct Kernels {
   void (*corners)(const float* points, int64_t n, int64_t height, int64_t width, Corners* out);
@@ -76,15 +78,39 @@ PYVSEG_INLINE float number(const T* p) {
   return load1(p);
 }
 
+typedef float quad __attribute__((vector_size(16)));
+typedef double pair __attribute__((vector_size(16)));
+
+// The four corners of a point times their weights.
+template <typename T>
+PYVSEG_INLINE float blend(const T* from, const Corners& c) {
+  const float top = c.weight[0] * number(from + c.index[0]) + c.weight[1] * number(from + c.index[1]);
+  const float bottom = c.weight[2] * number(from + c.index[2]) + c.weight[3] * number(from + c.index[3]);
+  return top + bottom;
+}
+PYVSEG_INLINE float blend(const float* from, const Corners& c) {
+  quad value, weight;
+  if (__builtin_expect(c.index[1] == c.index[0], 0)) {  // at the border
+    value = quad{from[c.index[0]], from[c.index[1]], from[c.index[2]], from[c.index[3]]};
+  } else {
+    double top, bottom;  // two floats each
+    __builtin_memcpy(&top, from + c.index[0], 8);
+    __builtin_memcpy(&bottom, from + c.index[2], 8);
+    value = (quad)pair{top, bottom};
+  }
+  __builtin_memcpy(&weight, c.weight, sizeof weight);
+  value *= weight;
+  return (value[0] + value[1]) + (value[2] + value[3]);
+}
+
 template <typename T, typename Out>
 void sample_of(const Planes& p, int64_t plane) {
   const T* from = (const T*)p.masks + plane * p.size;
   Out* to = (Out*)p.samples + plane * p.points;
   for (int64_t i = 0; i < p.points; ++i) {
     const Corners& c = p.corners[i];
-    const float top = c.weight[0] * number(from + c.index[0]) + c.weight[1] * number(from + c.index[1]);
-    const float bottom = c.weight[2] * number(from + c.index[2]) + c.weight[3] * number(from + c.index[3]);
-    store1(to + c.point, top + bottom);
+    __builtin_prefetch(from + p.corners[i + kAhead < p.points ? i + kAhead : i].index[2]);
+    store1(to + c.point, blend(from, c));
   }
 }
 void sample(const Planes& p, int64_t plane) {
@@ -95,20 +121,24 @@ void sample(const Planes& p, int64_t plane) {
 }
 
 template <typename T>
-void backward_of(const Gradients& g, int64_t plane) {
+void backward_of(const Gradients& g, int64_t plane, float* sums) {
   const T* from = (const T*)g.samples + plane * g.points;
-  for (int64_t i = 0; i < g.size; ++i) g.scratch[i] = 0;
+  __builtin_memset(sums, 0, g.size * sizeof(float));
   for (int64_t i = 0; i < g.points; ++i) {
     const Corners& at = g.corners[i];
     const float grad = load1(from + at.point);
-    for (int c = 0; c < 4; ++c) g.scratch[at.index[c]] += at.weight[c] * grad;
+    for (int c = 0; c < 4; ++c) sums[at.index[c]] += at.weight[c] * grad;
   }
+}
+template <typename T>
+void rounded_backward_of(const Gradients& g, int64_t plane) {
+  backward_of<T>(g, plane, g.scratch);
   copy_rounded((T*)g.masks + plane * g.size, g.scratch, g.size);
 }
 void backward(const Gradients& g, int64_t plane) {
-  if (g.element == Element::kFloat) backward_of<float>(g, plane);
-  if (g.element == Element::kBfloat16) backward_of<bfloat16>(g, plane);
-  if (g.element == Element::kHalf) backward_of<float16>(g, plane);
+  if (g.element == Element::kFloat) backward_of<float>(g, plane, (float*)g.masks + plane * g.size);
+  if (g.element == Element::kBfloat16) rounded_backward_of<bfloat16>(g, plane);
+  if (g.element == Element::kHalf) rounded_backward_of<float16>(g, plane);
 }
 
 }  // namespace
@@ -196,7 +226,7 @@ Tensor point_sample_backward(const Tensor& grad, const Tensor& points, int64_t h
   void* to = masks.mutable_data_ptr();
   const Kernels& kernel = kernels();
   parallel_for(0, N * T, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(size);
+    std::vector<float> scratch(element == Element::kFloat ? 0 : size);
     for (int64_t i = begin; i < end; ++i)
       kernel.backward({from, to, corners_at(corners, points, i / T), size, K, element, scratch.data()}, i);
   });
