@@ -48,7 +48,7 @@ PYVSEG_INLINE void gather(const Problem& p, const Map& map, const Samples& s, in
 
 template <typename V>
 void forward_head(const Problem& p, const Map& map, int64_t b, int64_t h, const float* rows, void* scratch, void* result, int64_t begin, int64_t end) {
-  const Samples s = samples_in(scratch, p, map);
+  const Samples s = samples_in(scratch, p);
   float* sum = (float*)((char*)scratch + samples_bytes(p));
   const int64_t step = padded(p.D);
   for (; begin < end; begin += p.block) {
@@ -74,7 +74,7 @@ void forward(const Problem& p, const Map& map, int64_t b, int64_t h, const float
 
 template <typename V>
 void in_place_head(const Problem& p, const Map& map, int64_t b, int64_t h, void* scratch, void* result, int64_t begin, int64_t end) {
-  const Samples s = samples_in(scratch, p, map);
+  const Samples s = samples_in(scratch, p);
   float* sum = (float*)((char*)scratch + samples_bytes(p));
   const V* value = (const V*)p.value + b * p.value_batch + h * p.value_head;
   for (; begin < end; begin += p.block) {

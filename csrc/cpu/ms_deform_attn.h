@@ -14,6 +14,7 @@ struct Map {
   const float *width, *height;  // lanes entries each
   const int32_t* stride;        // from a pixel to the one below
   const int32_t* origin;        // of pixel (0, 0)
+  const int32_t* level;
   int64_t pixels;               // all of them; pixel 0 of a padded copy takes samples that miss the map
 };
 
@@ -27,6 +28,7 @@ struct Problem {
   const void* place;            // locations or offsets, (H, L, P, 2) contiguous for a query
   const void* weight;           // weights or logits, (H, L, P) contiguous for a query
   int64_t place_batch, place_query, weight_batch, weight_query;
+  const void *place_end, *weight_end;
   const float* reference;       // fused form: (B, Q, L, reference_width), else null
   int64_t reference_width;      // 2: points, 4: boxes
 };
@@ -40,16 +42,14 @@ struct Samples {
   float* corner[4];          // attention times share of upper left, upper right, lower left, lower right
   float *attention, *x, *y;  // x, y: fraction of a pixel from `pixel` to the sample
   int32_t* inside;           // bit c is set where corner c is on the map
-  // One row each: a sample lies at base + scale * place, base normalised and scale in pixels.
-  float *base_x, *base_y, *scale_x, *scale_y;
-  char* tail;                // places and weights of a query whose samples do not fill whole vectors
+  void* spare;               // room for a query's places
 };
 constexpr float kInfinity = __builtin_inff();
-constexpr int64_t kBlockRows = 9, kSingleRows = 4 + 3;
+constexpr int64_t kBlockRows = 9, kSpareRows = 2;
 
-PYVSEG_INLINE int64_t samples_bytes(const Problem& p) { return (p.block * kBlockRows + kSingleRows) * (p.lanes + kLanes) * 4 + 64; }
+PYVSEG_INLINE int64_t samples_bytes(const Problem& p) { return (p.block * kBlockRows + kSpareRows) * (p.lanes + kLanes) * 4 + 64; }
 
-PYVSEG_INLINE Samples samples_in(void* scratch, const Problem& p, const Map& map) {
+PYVSEG_INLINE Samples samples_in(void* scratch, const Problem& p) {
   float* at = (float*)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
   const auto take = [&](int64_t rows) {
     float* taken = at;
@@ -61,13 +61,7 @@ PYVSEG_INLINE Samples samples_in(void* scratch, const Problem& p, const Map& map
   s.inside = (int32_t*)take(p.block);
   for (float*& row : s.corner) row = take(p.block);
   s.attention = take(p.block), s.x = take(p.block), s.y = take(p.block);
-  s.base_x = take(1), s.base_y = take(1), s.scale_x = take(1), s.scale_y = take(1);
-  s.tail = (char*)take(3);
-  for (int64_t i = 0; i < p.lanes; ++i) {
-    s.base_x[i] = s.base_y[i] = 0;
-    s.scale_x[i] = p.reference ? 1.0f : map.width[i];
-    s.scale_y[i] = p.reference ? 1.0f : map.height[i];
-  }
+  s.spare = take(kSpareRows);
   return s;
 }
 
@@ -88,39 +82,61 @@ PYVSEG_INLINE vfloat fold(vfloat v, const Fold& with) {
   return v;
 }
 
-// Softmax of the first `count` of whole vectors of logits; the other lanes become zero.
-PYVSEG_INLINE void softmax(float* row, int64_t count, int64_t lanes) {
-  for (int64_t i = count; i < lanes; ++i) row[i] = -kInfinity;
-  vfloat most = load(row);
-  for (int64_t i = kLanes; i < lanes; i += kLanes) most = load(row + i) > most ? load(row + i) : most;
-  most = fold(most, [](vfloat a, vfloat b) { return a > b ? a : b; });
-  vfloat total{};
+// row = softmax of `count` logits; the other lanes of whole vectors become zero.
+template <typename G>
+PYVSEG_INLINE void softmax(const G* logits, float* row, int64_t count, int64_t lanes) {
+  vint lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const auto at = [&](int64_t i) { return lane + int32_t(i) < int32_t(count) ? load(logits + i) : splat(-kInfinity); };
+  // Lanes without a sample take the exponential of 0, and then zero: one of -infinity would underflow, which is slow.
+  const auto exponential = [&](int64_t i, vfloat most) {
+    const vint live = lane + int32_t(i) < int32_t(count);
+    return live ? exp_nonpositive(live ? load(logits + i) - most : vfloat{}) : vfloat{};
+  };
+  const auto larger = [](vfloat a, vfloat b) { return a > b ? a : b; };
+  const auto plus = [](vfloat a, vfloat b) { return a + b; };
+  if (lanes == kLanes) {
+    const vfloat e = exponential(0, fold(at(0), larger));
+    store(row, e * (1.0f / fold(e, plus)));
+    return;
+  }
+  vfloat most = at(0), total{};
+  for (int64_t i = kLanes; i < lanes; i += kLanes) most = larger(at(i), most);
+  most = fold(most, larger);
   for (int64_t i = 0; i < lanes; i += kLanes) {
-    const vfloat e = exp_nonpositive(load(row + i) - most);
+    const vfloat e = exponential(i, most);
     total += e;
     store(row + i, e);
   }
-  const vfloat scale = 1.0f / fold(total, [](vfloat a, vfloat b) { return a + b; });
+  const vfloat scale = 1.0f / fold(total, plus);
   for (int64_t i = 0; i < lanes; i += kLanes) store(row + i, load(row + i) * scale);
 }
 
-// row[l * P + point] = x for the points of level l. Overruns into level l + 1, which is written after it.
-PYVSEG_INLINE void spread(float* row, int64_t l, int64_t P, float x) {
-  for (int64_t i = l * P; i < (l + 1) * P; i += kLanes) store(row + i, splat(x));
-}
+// Samples lie at base * size + scale * place - 1/2, in pixels.
+struct Frame {
+  vfloat base_x, base_y, scale_x, scale_y;
+};
 
-// Base and scale of the fused form, from the query's reference points or boxes.
-PYVSEG_INLINE void refer(const Problem& p, const Map& map, int64_t b, int64_t q, const Samples& s) {
-  for (int64_t l = 0; l < p.L; ++l) {
-    const float* r = p.reference + ((b * p.Q + q) * p.L + l) * p.reference_width;
-    const float width = map.width[l * p.P], height = map.height[l * p.P];
-    spread(s.base_x, l, p.P, r[0]);
-    spread(s.base_y, l, p.P, r[1]);
-    if (p.reference_width == 4) {
-      spread(s.scale_x, l, p.P, r[2] * width * (0.5f / float(p.P)));
-      spread(s.scale_y, l, p.P, r[3] * height * (0.5f / float(p.P)));
-    }
+// Of the lanes from i on, for query q of image b. Selected in registers: a row written level by level and read as a
+// vector would wait for all its stores.
+PYVSEG_INLINE Frame frame_of(const Problem& p, const Map& map, int64_t b, int64_t q, int64_t i) {
+  const vfloat width = load(map.width + i), height = load(map.height + i);
+  if (!p.reference) return {vfloat{}, vfloat{}, width, height};
+  Frame f{vfloat{}, vfloat{}, splat(1.0f), splat(1.0f)};
+  const float* r = p.reference + (b * p.Q + q) * p.L * p.reference_width;
+  const vint level = load(map.level + i);
+  for (int32_t l = 0; l < int32_t(p.L); ++l, r += p.reference_width) {
+    f.base_x = level == l ? splat(r[0]) : f.base_x;
+    f.base_y = level == l ? splat(r[1]) : f.base_y;
+    if (p.reference_width == 2) continue;
+    f.scale_x = level == l ? splat(r[2]) : f.scale_x;
+    f.scale_y = level == l ? splat(r[3]) : f.scale_y;
   }
+  if (p.reference_width == 4) {
+    f.scale_x *= width * (0.5f / float(p.P));
+    f.scale_y *= height * (0.5f / float(p.P));
+  }
+  return f;
 }
 
 // a * b + c, rounded once: a sample far from the origin keeps its fraction.
@@ -139,25 +155,36 @@ PYVSEG_INLINE vint floor(vfloat x) {
   return toward_zero + (vint)(__builtin_convertvector(toward_zero, vfloat) > x);
 }
 
-// Fills row `row` of the samples with those of head h of query q.
+// `count` numbers from where whole vectors can be read: at home, or in `spare` where that would run over the tensor.
+template <typename G>
+PYVSEG_INLINE const G* readable(const G* from, int64_t count, int64_t whole, const void* end, void* spare) {
+  return from + whole <= (const G*)end ? from : (const G*)__builtin_memcpy(spare, from, size_t(count) * sizeof(G));
+}
+
+// The attention of head h for the samples of query q, in row `row`.
+template <typename G>
+PYVSEG_INLINE void weigh(const Problem& p, int64_t b, int64_t q, int64_t h, const Samples& s, int64_t row) {
+  const int64_t n = p.L * p.P;
+  const G* weight = (const G*)p.weight + b * p.weight_batch + q * p.weight_query + h * n;
+  weight = readable(weight, n, p.lanes, p.weight_end, s.spare);
+  float* attention = s.attention + row * p.lanes;
+  if (p.reference) return softmax(weight, attention, n, p.lanes);
+  for (int64_t i = 0; i < p.lanes; i += kLanes) store(attention + i, load(weight + i));
+}
+
+// Where they lie, and what their corners weigh.
 template <bool kInPlace, typename G>
 PYVSEG_INLINE void locate(const Problem& p, const Map& map, int64_t b, int64_t q, int64_t h, const Samples& s, int64_t row) {
   const int64_t n = p.L * p.P, lanes = p.lanes, at = row * lanes;
   const G* place = (const G*)p.place + b * p.place_batch + q * p.place_query + h * n * 2;
-  const G* weight = (const G*)p.weight + b * p.weight_batch + q * p.weight_query + h * n;
-  if ((p.H - 1 - h) * n < lanes - n) {  // whole vectors would run over the query's last head
-    place = (const G*)__builtin_memcpy(s.tail, place, size_t(n) * 2 * sizeof(G));
-    weight = (const G*)__builtin_memcpy(s.tail + 2 * lanes * sizeof(G), weight, size_t(n) * sizeof(G));
-  }
-  if (p.reference) refer(p, map, b, q, s);
-  for (int64_t i = 0; i < lanes; i += kLanes) store(s.attention + at + i, load(weight + i));
-  if (p.reference) softmax(s.attention + at, n, lanes);
+  place = readable(place, 2 * n, 2 * lanes, p.place_end, s.spare);
   for (int64_t i = 0; i < lanes; i += kLanes) {
     vfloat x, y;
     deinterleave(load(place + 2 * i), load(place + 2 * i + kLanes), x, y);
     const vfloat width = load(map.width + i), height = load(map.height + i);
-    x = multiply_add(load(s.base_x + i), width, multiply_add(load(s.scale_x + i), x, splat(-0.5f)));
-    y = multiply_add(load(s.base_y + i), height, multiply_add(load(s.scale_y + i), y, splat(-0.5f)));
+    const Frame f = frame_of(p, map, b, q, i);
+    x = multiply_add(f.base_x, width, multiply_add(f.scale_x, x, splat(-0.5f)));
+    y = multiply_add(f.base_y, height, multiply_add(f.scale_y, y, splat(-0.5f)));
     const vint hit = (x > -1.0f) & (x < width) & (y > -1.0f) & (y < height);  // NaN does not
     x = hit ? x : vfloat{};
     y = hit ? y : vfloat{};
@@ -183,6 +210,8 @@ PYVSEG_INLINE void locate(const Problem& p, const Map& map, int64_t b, int64_t q
 template <bool kInPlace>
 PYVSEG_INLINE void locate_block(const Problem& p, const Map& map, int64_t b, int64_t h, const Samples& s, int64_t begin, int64_t end) {
   with_number(p.geometry, [&](auto g) {
+    // Two loops: the softmax is one long chain of dependent steps, of which processors run several side by side.
+    for (int64_t q = begin; q < end; ++q) weigh<decltype(g)>(p, b, q, h, s, q - begin);
     for (int64_t q = begin; q < end; ++q) locate<kInPlace, decltype(g)>(p, map, b, q, h, s, q - begin);
   });
 }

@@ -143,7 +143,7 @@ PYVSEG_INLINE void add_up_reference(const Problem& p, const Map& map, const G* p
 
 template <int T, typename V, typename G>
 void place_grad_head(const Problem& p, const Map& map, const Gradients& g, const Task& task) {
-  const Samples s = samples_in(task.scratch, p, map);
+  const Samples s = samples_in(task.scratch, p);
   const int64_t n = p.L * p.P, step = T ? T * kLanes : padded(p.D), h = task.h;
   float* grad = (float*)((char*)task.scratch + samples_bytes(p));
   float *products = grad + grad_floats(p), *grad_x = products + 4 * p.lanes, *grad_y = grad_x + p.lanes;
@@ -161,11 +161,11 @@ void place_grad_head(const Problem& p, const Map& map, const Gradients& g, const
       const G* place = (const G*)p.place + task.b * p.place_batch + q * p.place_query + h * n * 2;
       add_up_reference(p, map, place, grad_x, grad_y, g.by_head + ((task.b * p.H + h) * p.Q + q) * p.L * p.reference_width);
       softmax_grad(s.attention + at, grad_weight, p.lanes);
-      if (p.reference_width == 4) refer(p, map, task.b, q, s);  // the scale of the whole block is its last query's
     }
     for (int64_t i = 0; i < p.lanes; i += kLanes) {
+      const Frame f = frame_of(p, map, task.b, q, i);
       vfloat a, b;
-      interleave(load(grad_x + i) * load(s.scale_x + i), load(grad_y + i) * load(s.scale_y + i), a, b);
+      interleave(load(grad_x + i) * f.scale_x, load(grad_y + i) * f.scale_y, a, b);
       store(grad_place + 2 * i, a), store(grad_place + 2 * i + kLanes, b);
     }
     copy_row((G*)g.place + head * n * 2, grad_place, 2 * n);
@@ -213,7 +213,7 @@ void unpack_head(const Problem& p, const Map& map, const Task& task, int64_t ste
 // The channels from task.begin to task.end of a head.
 template <typename V>
 void value_grad_head(const Problem& p, const Map& map, const Gradients& g, const Task& task) {
-  const Samples s = samples_in(task.scratch, p, map);
+  const Samples s = samples_in(task.scratch, p);
   const int64_t channels = task.end - task.begin, step = padded(channels);
   float* grad = (float*)((char*)task.scratch + samples_bytes(p));
   for (int64_t c = channels; c < step; ++c) grad[c] = 0;

@@ -30,6 +30,13 @@ inline Tensor float_copy(const Tensor& t) {
   return torch::stable::contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
 }
 
+// Behind the last element in memory of any.
+inline const void* end_of(const Tensor& t, Number number) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  return static_cast<const char*>(t.const_data_ptr()) + (t.numel() ? last + 1 : 0) * bytes_of(number);
+}
+
 // A Problem with all that its pointers refer to.
 struct Layout {
   Problem problem;
@@ -52,12 +59,13 @@ struct Layout {
     p.weight_batch = weight_.stride(0), p.weight_query = weight_.stride(1);
     p.reference = reference_ ? reference_->const_data_ptr<float>() : nullptr;
     p.reference_width = reference_ ? reference_->size(3) : 0;
+    p.place_end = end_of(place_, p.geometry), p.weight_end = end_of(weight_, p.geometry);
     number_pixels();
   }
   Layout(const Layout&) = delete;
 
-  Map padded() const { return {width_.data(), height_.data(), padded_stride_.data(), padded_origin_.data(), padded_pixels}; }
-  Map in_place() const { return {width_.data(), height_.data(), stride_.data(), origin_.data(), pixels}; }
+  Map padded() const { return {width_.data(), height_.data(), padded_stride_.data(), padded_origin_.data(), level_.data(), padded_pixels}; }
+  Map in_place() const { return {width_.data(), height_.data(), stride_.data(), origin_.data(), level_.data(), pixels}; }
 
  private:
   static void check(const Arguments& a) {
@@ -88,6 +96,7 @@ struct Layout {
   void number_pixels() {
     const Problem& p = problem;
     for (std::vector<float>* row : {&width_, &height_}) row->assign(p.lanes, -1.0f);  // lanes past L * P never hit
+    level_.assign(p.lanes, -1);
     for (std::vector<int32_t>* row : {&stride_, &origin_, &padded_stride_, &padded_origin_}) row->assign(p.lanes, 0);
     pixels = 0;
     padded_pixels = 3;  // the first pixels serve samples outside, which look as far as the longest row is
@@ -95,7 +104,7 @@ struct Layout {
     for (int64_t l = 0; l < p.L; ++l) {
       const int64_t height = p.shapes[2 * l], width = p.shapes[2 * l + 1];
       for (int64_t i = l * p.P; i < (l + 1) * p.P; ++i) {
-        width_[i] = float(width), height_[i] = float(height);
+        width_[i] = float(width), height_[i] = float(height), level_[i] = int32_t(l);
         stride_[i] = int32_t(width), origin_[i] = int32_t(pixels);
         padded_stride_[i] = int32_t(width + 1), padded_origin_[i] = int32_t(padded_pixels + width + 2);
       }
@@ -109,7 +118,7 @@ struct Layout {
   std::unique_ptr<Tensor> reference_;
   std::vector<int64_t> shapes_;
   std::vector<float> width_, height_;
-  std::vector<int32_t> stride_, origin_, padded_stride_, padded_origin_;
+  std::vector<int32_t> level_, stride_, origin_, padded_stride_, padded_origin_;
 };
 
 }  // namespace pyvseg::ms_deform_attn
