@@ -39,8 +39,8 @@ def memory_read(
     float32, by which such systems decide what to forget; it carries no gradient.
 
     float32, bfloat16 or float16, keys of one dtype; the result has memory_value's dtype. Any strides; nothing is copied
-    when the last dimension is contiguous. `top_k` of N or more is the whole memory; an empty memory reads zeros. The gradient is that of
-    the kept positions; the selection carries none. It is deterministic.
+    when the last dimension is contiguous. `top_k` of N or more is the whole memory; an empty memory reads zeros. The
+    gradient is that of the kept positions; the selection carries none. It is deterministic.
 
     Raises ValueError for shapes, devices or `top_k`, TypeError for dtypes, naming the argument.
     """
@@ -49,10 +49,10 @@ def memory_read(
     if 0 in (*memory_value.shape, *query_key.shape):
         read, usage = _empty(memory_value, memory_key, query_key, shrinkage, selection), memory_key.new_zeros(memory_key.shape[:2])
         return (read, usage.float()) if return_usage else read
-    if top_k is not None and top_k >= N:
-        top_k = None  # nothing is left out: a dense product is quicker than gathering every row
     slower = "20 to 50 times"
     choice = "reference" if top_k is None else _dispatch.choose("memory_read", backend, memory_key, memory_value, query_key, slower=slower)
+    if top_k is not None and top_k >= N:
+        choice, top_k = "reference", None  # nothing is left out: a dense product is quicker than gathering every row
     if choice == "reference":
         read, usage = reference(memory_key, memory_value, query_key, top_k, shrinkage, selection)
     else:
