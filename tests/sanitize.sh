@@ -21,4 +21,4 @@ env LD_PRELOAD="$(library libasan.so) $(library libubsan.so) $(library libstdc++
   UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
   PYVSEG_TEST_EXTENSION="$PWD/$tree/_C.so" \
   PYVSEG_EMULATE_FLAGS="-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined" \
-  python -m pytest -q -s -p no:cacheprovider "${@:-tests/ops/test_fuzz.py}"
+  python -m pytest -q -s -v -p no:cacheprovider "${@:-tests/ops/test_fuzz.py}"

@@ -216,9 +216,31 @@ struct Inputs {
 
   Inputs(const Tensor& value, const std::vector<Tensor>& given, std::vector<int64_t> shapes)
       : value(dense(value)), shapes(shapes) {
+    check(given);
     const ScalarType type = value.scalar_type();
     const bool same = std::all_of(given.begin(), given.end(), [&](const Tensor& t) { return t.scalar_type() == type; });
     for (const Tensor& t : given) geometry.push_back(dense(same ? t : torch::stable::to(t, ScalarType::Float)));
+  }
+
+  // The kernels read what these shapes say, whatever the tensors hold.
+  void check(const std::vector<Tensor>& given) const {
+    const Tensor &points = given[0], &weights = given[1];
+    STD_TORCH_CHECK(value.dim() == 4 && weights.dim() == 5 && points.dim() == 6, "ms_deform_attn: wrong number of dimensions");
+    const int64_t B = value.size(0), H = value.size(2), L = weights.size(3);
+    bool fits = weights.size(0) == B && weights.size(2) == H && points.size(5) == 2 && int64_t(shapes.size()) == 2 * L;
+    for (int i = 0; i < 5; ++i) fits = fits && points.size(i) == weights.size(i);
+    if (given.size() == 3) {
+      const Tensor& reference = given[2];
+      fits = fits && reference.dim() == 4 && reference.size(0) == B && reference.size(1) == weights.size(1) &&
+             reference.size(2) == L && (reference.size(3) == 2 || reference.size(3) == 4);
+    }
+    int64_t pixels = 0;
+    for (size_t i = 0; fits && i < shapes.size(); i += 2) {
+      fits = shapes[i] >= 0 && shapes[i + 1] >= 0 && shapes[i] <= INT32_MAX && shapes[i + 1] <= INT32_MAX;
+      if (fits) pixels += shapes[i] * shapes[i + 1];
+      fits = fits && pixels <= value.size(1);
+    }
+    STD_TORCH_CHECK(fits && pixels == value.size(1), "ms_deform_attn: shapes do not agree");
   }
 
   // Calls f(problem) with the problem's type.

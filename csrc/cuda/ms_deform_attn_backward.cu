@@ -301,6 +301,9 @@ Tensor run(const Inputs& in, const Problem<Value, Geometry>& p, const Tensor& gr
 template <bool Fused>
 std::vector<Tensor> run(const Inputs& in, const Tensor& given, bool deterministic) {
   const OnDeviceOf device(in.value);
+  STD_TORCH_CHECK(given.dim() == 3 && given.size(0) == in.value.size(0) && given.size(1) == in.geometry[1].size(1) &&
+                      given.size(2) == in.value.size(2) * in.value.size(3) && given.scalar_type() == in.value.scalar_type(),
+                  "ms_deform_attn: grad must be (B, Q, H * D) of value's dtype");
   const bool empty = given.numel() == 0 || in.geometry[1].numel() == 0;
   std::vector<Tensor> grads{in.value};  // value's is made below
   for (const Tensor& t : in.geometry)
