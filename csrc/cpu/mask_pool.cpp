@@ -46,6 +46,7 @@ namespace {
 
 constexpr int kVectors = 8;  // accumulators: enough to hide the latency of an addition
 constexpr int kChunk = kVectors * kLanes;
+constexpr int kFew = 4;      // outputs up to which laying out the rows costs more than adding them
 constexpr int kGroup = 1024;  // sources that are summed before they join the total: short sums round less
 
 template <typename T>
@@ -238,9 +239,44 @@ void sum_chunk(const Sums& s, int64_t channel, int64_t begin, int64_t end, float
   with_number(s.out_number, [&](auto number) { emit<V, decltype(number)>(s, begin, end - begin, channel, totals); });
 }
 
+// Few outputs of rows that stand in columns: a channel at a time, in lanes along the sources, nothing laid out.
+template <typename T>
+void sum_few(const Sums& s, int64_t channel, int64_t begin, int64_t end) {
+  constexpr int kSteps = 64 / kLanes;
+  const int64_t last = channel + kChunk < s.channels ? channel + kChunk : s.channels;
+  vint lane_bit;
+  for (int i = 0; i < kLanes; ++i) lane_bit[i] = 1 << i;
+  for (int64_t o = begin; o < end; ++o)
+    for (int64_t c = channel; c < last; ++c) {
+      const T* in = (const T*)s.in + c * s.in_channel;
+      float total = 0;
+      for (int64_t group = 0; group < s.sources; group += kGroup) {
+        vfloat sums[kSteps] = {};
+        float rest = 0;
+        for (int64_t row = group; row < group + kGroup && row < s.sources; row += 64) {
+          uint64_t word = s.bits[row / 64 * s.outputs + o];
+          if (!word) continue;
+          if (row + 64 > s.sources)
+            for (; word; word &= word - 1) rest += load1(in + row + __builtin_ctzll(word));
+          else
+#pragma GCC unroll 16
+            for (int i = 0; i < kSteps; ++i) {
+              const vint on = splat(int32_t(word >> i * kLanes)) & lane_bit;
+              sums[i] += on != 0 ? load(in + row + i * kLanes) : vfloat{};
+            }
+        }
+        for (int i = 0; i < kSteps; ++i) rest += sum(sums[i]);
+        total += rest;
+      }
+      store1((float*)s.out + o * s.out_row + c, total);
+    }
+}
+
 int64_t scratch_floats(int64_t outputs) { return (2 * 64 + 2 * outputs) * kChunk; }
 
 void sum(const Sums& s, int64_t channel, int64_t begin, int64_t end, float* scratch) {
+  if (s.outputs <= kFew && s.in_row == 1 && s.out_number == Number::kFloat && s.out_channel == 1)
+    return with_number(s.in_number, [&](auto number) { sum_few<decltype(number)>(s, channel, begin, end); });
   const int64_t left = s.channels - channel;
   if (left > 4 * kLanes) return sum_chunk<8>(s, channel, begin, end, scratch);
   if (left > 2 * kLanes) return sum_chunk<4>(s, channel, begin, end, scratch);

@@ -57,7 +57,11 @@ void lay_out(const Product& p, int64_t depth, int64_t count, int64_t column, flo
       }
       vuint square[kLanes];
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) square[j] = (vuint)load(w + (c + j) * p.w_column + d);
+      for (int j = 0; j < kLanes; ++j) {
+        const T* from = w + (c + j) * p.w_column + d;
+        __builtin_prefetch(from + kDepth, 0, 2);  // of the next panel
+        square[j] = (vuint)load(from);
+      }
       transpose(square);
 #pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j) store(panel + (d + j) * kPanel + c, (vfloat)square[j]);
@@ -104,7 +108,9 @@ void lay_out_pairs(const Product& p, int64_t depth, int64_t count, int64_t colum
       for (int j = 0; j < kLanes; ++j) {
         const int64_t left = c + j < columns ? count - d : 0;
         const __mmask32 there = left >= 32 ? ~0u : (1u << left) - 1;
-        square[j] = (vuint)_mm512_maskz_loadu_epi16(there, w + (c + j) * p.w_column + d);
+        const uint16_t* from = w + (c + j) * p.w_column + d;
+        __builtin_prefetch(from + kDepth, 0, 2);  // of the next panel
+        square[j] = (vuint)_mm512_maskz_loadu_epi16(there, from);
       }
       transpose(square);
 #pragma GCC unroll 16
