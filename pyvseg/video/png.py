@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label images as PNG: the pixel is the object id and the palette is only for viewing.
+"""Label images as PNG: the pixel is the object id and the palette is only for viewing. And PNGs whose three channels are numbers.
 
 OpenCV turns palettes into colours and loses the ids, so PNGs are decoded by FFmpeg (through PyAV) and written here.
 """
@@ -26,46 +26,80 @@ def read_labels(path: str | Path) -> np.ndarray:
     Returns uint8 (H, W): palette index, grey value, or 0/1 for 1-bit grey. Nothing is remapped; 255 stays 255.
     Raises VideoError for a file that cannot be read, is not a PNG, or stores colours in place of indices.
     """
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise VideoError(f"cannot read mask {path}: {error.strerror or error}") from None
-    return decode_labels(data, str(path))
+    return decode_labels(_read(path), str(path))
 
 
 def decode_labels(data: bytes, name: str) -> np.ndarray:
     """Like `read_labels`, from the bytes of a PNG; `name` is what error messages call it."""
+    colour, depth = _header(data, name)
+    if colour in (2, 6):
+        raise VideoError(f"mask {name} is an RGB image: object ids cannot be told from colours; save it as palette (indexed) or 8-bit grey PNG")
+    if colour == 4 or depth == 16:
+        raise VideoError(f"mask {name} has 16 bits or an alpha channel; save it as palette (indexed) or 8-bit grey PNG (at most 254 objects)")
+    frame = _decode(data, name)
+    if colour == 0 and depth == 1:
+        return (frame.to_ndarray(format="gray") > 0).astype(np.uint8)
+    return np.ascontiguousarray(_rows(frame)[:, : frame.width])
+
+
+def read_channels(path: str | Path) -> np.ndarray:
+    """Reads an 8-bit RGB PNG whose channels are numbers, not colours: uint8 (H, W, 3), R first.
+
+    Raises VideoError for a file that cannot be read, is not a PNG, or has another number of channels or bits.
+    """
+    data, name = _read(path), str(path)
+    colour, depth = _header(data, name)
+    if (colour, depth) != (2, 8):
+        raise VideoError(f"mask {name} is not an RGB PNG of 8 bits per channel; panoptic maps keep their ids in the three channels")
+    frame = _decode(data, name)
+    return _rows(frame)[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise VideoError(f"cannot read mask {path}: {error.strerror or error}") from None
+
+
+def _header(data: bytes, name: str) -> tuple[int, int]:
+    """Colour type and bit depth of a PNG that is not too large."""
     if len(data) < 33 or data[:8] != _SIGNATURE or data[12:16] != b"IHDR":
         raise VideoError(f"mask {name} is not a PNG file; save masks as palette PNG (JPEG changes the ids)")
     width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
     if width * height > MAX_PIXELS:
         raise VideoError(f"mask {name}: {width}x{height} is beyond the limit of {MAX_PIXELS} pixels")
-    if colour in (2, 6):
-        raise VideoError(f"mask {name} is an RGB image: object ids cannot be told from colours; save it as palette (indexed) or 8-bit grey PNG")
-    if colour == 4 or depth == 16:
-        raise VideoError(f"mask {name} has 16 bits or an alpha channel; save it as palette (indexed) or 8-bit grey PNG (at most 254 objects)")
+    return colour, depth
+
+
+def _decode(data: bytes, name: str) -> av.VideoFrame:
     try:
         codec = av.CodecContext.create("png", "r")
         codec.options = {"err_detect": "crccheck+explode", "max_pixels": str(MAX_PIXELS)}
         (frame,) = codec.decode(av.Packet(data)) + codec.decode(None)
     except (av.FFmpegError, ValueError):
         raise VideoError(f"mask {name} is damaged or cut short; write it again") from None
-    if colour == 0 and depth == 1:
-        return (frame.to_ndarray(format="gray") > 0).astype(np.uint8)
+    return frame
+
+
+def _rows(frame: av.VideoFrame) -> np.ndarray:
+    """The bytes of a packed frame, uint8 (H, bytes of a row and its padding)."""
     plane = frame.planes[0]
-    labels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, :width]
-    return np.ascontiguousarray(labels)
+    return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height]
 
 
 def encode_labels(labels: np.ndarray, palette: np.ndarray = PALETTE) -> bytes:
     """A palette PNG of `labels`, uint8 (H, W); palette uint8 (256, 3), RGB."""
-    height, width = labels.shape
-    rows = np.zeros((height, width + 1), np.uint8)  # column 0 is the filter type of the row: 0, none
-    rows[:, 1:] = labels
-    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"PLTE", palette.tobytes()), (b"IDAT", zlib.compress(rows, 6)), (b"IEND", b""))
-    return _SIGNATURE + b"".join(_chunk(kind, data) for kind, data in chunks)
+    return _encode(labels, colour=3, before=_chunk(b"PLTE", palette.tobytes()))
+
+
+def _encode(image: np.ndarray, colour: int, before: bytes = b"") -> bytes:
+    """image uint8 (H, W) or (H, W, 3); `before` are the chunks between header and pixels."""
+    height, width = image.shape[:2]
+    rows = np.zeros((height, image[0].size + 1), np.uint8)  # column 0 is the filter type of the row: 0, none
+    rows[:, 1:] = image.reshape(height, -1)
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+    return _SIGNATURE + header + before + _chunk(b"IDAT", zlib.compress(rows, 6)) + _chunk(b"IEND", b"")
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
@@ -74,9 +108,18 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 def write_labels(path: str | Path, labels: np.ndarray, palette: np.ndarray = PALETTE) -> None:
     """Writes `labels`, uint8 (H, W), as a palette PNG: whole or not at all. Raises OSError."""
+    _write(path, encode_labels(labels, palette))
+
+
+def write_channels(path: str | Path, channels: np.ndarray) -> None:
+    """Writes uint8 (H, W, 3) as an RGB PNG that `read_channels` gives back: whole or not at all. Raises OSError."""
+    _write(path, _encode(channels, colour=2))
+
+
+def _write(path: str | Path, data: bytes) -> None:
     temporary = Path(f"{path}.part")
     try:
-        temporary.write_bytes(encode_labels(labels, palette))
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
