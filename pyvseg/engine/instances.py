@@ -157,7 +157,7 @@ def _draw(video: Video, tracks: VideoInstances, shown: list[int], classes: tuple
         for frame in video:
             labels = np.zeros(video.size, np.uint8)
             for i, track in reversed(list(zip(ids, shown))):
-                mask = tracks.mask(track, frame.index)
+                mask = tracks[track].mask(frame.index)
                 if mask is not None:
                     labels[mask] = i
             for writer in writers:

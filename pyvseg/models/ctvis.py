@@ -14,7 +14,8 @@ from pyvseg.layers.pixel_decoder import PixelFeatures
 from pyvseg.models.ctvis_tracker import Tracked, TrackerSettings, TrackerState, track
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.mask2former import Mask2Former, Mask2FormerSettings
-from pyvseg.models.video_instances import MaskStore, Selection, VideoInstances, render
+from pyvseg.models.spool import MaskStore
+from pyvseg.models.video_instances import Selection, VideoInstances, render
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class CTVIS(Mask2Former):
 
     def _link_frame(self, logits: Tensor, masks: Tensor, embeddings: Tensor, state: CTVISState) -> Tracked:
         tracked = track(state.tracker, logits, masks, embeddings, self.settings.tracker)
-        state.masks.put(state.tracker.frame - 1, masks[tracked.queries], tracked.keys)
+        state.masks.append(masks[tracked.queries], tracked.keys)
         return tracked
 
     def finish(self, state: CTVISState, top: int | None = None) -> VideoInstances:

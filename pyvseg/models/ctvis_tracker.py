@@ -61,11 +61,12 @@ class Record:
 
     key: int
     logits: Tensor  # (K + 1,) sum over the frames
-    queries: dict[int, int] = field(default_factory=dict)  # frame -> query
+    last: int = -1  # frame
+    frames: int = 0
 
     @property
     def mean_logits(self) -> Tensor:
-        return self.logits / len(self.queries)
+        return self.logits / self.frames
 
 
 @dataclass
@@ -171,11 +172,11 @@ def _record(state: TrackerState, ids: list[int], queries: list[int], logits: Ten
             state.keys += 1
         record = state.records[name]
         record.logits = record.logits + logits[query]
-        record.queries[state.frame] = query
+        record.last, record.frames = state.frame, record.frames + 1
         keys.append(record.key)
     if state.frame > settings.noise_after:
         for name, record in list(state.records.items()):
-            absent = state.frame - max(record.queries)
-            if absent >= settings.noise_absent and len(record.queries) < settings.noise_frames:
+            absent = state.frame - record.last
+            if absent >= settings.noise_absent and record.frames < settings.noise_frames:
                 del state.records[name]
     return keys

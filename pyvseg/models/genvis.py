@@ -10,37 +10,48 @@ import torch
 from torch import Tensor, nn
 
 from pyvseg.models.frame_size import FrameSize
-from pyvseg.models.video_instances import MaskStore, Selection, VideoInstances, render
+from pyvseg.models.spool import MaskStore
+from pyvseg.models.video_instances import Selection, VideoInstances, render
 from pyvseg.models.vita import VITA, FrameTokens, VITASettings
 from pyvseg.models.vita_module import VideoModule
 
 
 @dataclass(frozen=True)
 class GenVISSettings(VITASettings):
-    """`clip_length`: 1 for the online checkpoints, 3 for the semi-online ones; a file does not say which it is."""
+    """
+    clip_length    1 for the online checkpoints, 3 for the semi-online ones; a file does not say which it is
+    memory_clips   that the memory holds, more than any video of the data sets has; None: all, as published
+    """
 
     window: int = 0
     clip_length: int = 1
+    memory_clips: int | None = 512
 
 
 @dataclass
 class Prototypes:
-    """The memory: keys and values (M, B, cQ, C) of all clips so far; room grows by doubling."""
+    """The memory: keys and values (M, B, cQ, C) of the clips so far, of the last `limit` if that is given; room grows by doubling."""
 
+    limit: int | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
-    clips: int = 0
+    clips: int = 0  # entered so far
+
+    def __len__(self) -> int:
+        return self.clips if self.limit is None else min(self.clips, self.limit)
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        """Of one clip, each (B, cQ, C)."""
-        if self.keys is None or self.clips == len(self.keys):
-            room = max(8, 2 * self.clips)
-            grown = [key.new_empty(room, *key.shape) for _ in range(2)]
+        """Of one clip, each (B, cQ, C); a full memory loses its oldest clip."""
+        have = 0 if self.keys is None else len(self.keys)
+        if len(self) == have and have != self.limit:
+            room = max(8, 2 * have) if self.limit is None else min(max(8, 2 * have), self.limit)
+            grown = [key.new_zeros(room, *key.shape) for _ in range(2)]
             for new, old in zip(grown, (self.keys, self.values)):
                 if old is not None:
-                    new[: self.clips] = old
+                    new[:have] = old
             self.keys, self.values = grown
-        self.keys[self.clips], self.values[self.clips] = key, value
+        place = self.clips % len(self.keys)
+        self.keys[place], self.values[place] = key, value
         self.clips += 1
 
 
@@ -80,7 +91,7 @@ class ClipQueries(NamedTuple):
 
 @dataclass
 class GenVISState:
-    """What later clips and the result depend on: two entries of (cQ, C) per clip, and the masks found so far."""
+    """What later clips and the result depend on: two entries of (cQ, C) per remembered clip, and the masks found so far."""
 
     size: FrameSize
     frames: int = 0
@@ -94,14 +105,14 @@ class GenVIS(VITA):
     module = SequentialVideoModule
 
     def new_state(self, size: FrameSize) -> GenVISState:
-        return GenVISState(size)
+        return GenVISState(size, memory=Prototypes(self.settings.memory_clips))
 
     def segment_clip(self, features: FrameTokens, state: GenVISState) -> ClipQueries:
         """One clip of `clip_length` frames, fewer at the end of the video."""
         tokens = self.video.encode(features.queries[None])
         carried = self.video.query_feat.weight[None] if state.queries is None else state.queries
         memory = state.memory
-        past = (None, None) if memory.keys is None else (memory.keys[: memory.clips], memory.values[: memory.clips])
+        past = (None, None) if memory.keys is None else (memory.keys[: len(memory)], memory.values[: len(memory)])
         carried = self.video.decode(tokens, self.video.read(carried, *past))[-1]
         queries = self.video.decoder_norm(carried)
         masks = self.video.mask_embed(queries)[0] @ features.masks.flatten(2)
@@ -115,7 +126,7 @@ class GenVIS(VITA):
         best = state.probabilities
         state.probabilities = probabilities if best is None else torch.maximum(best, probabilities)
         for masks in clip.masks:
-            state.masks.put(state.frames, masks, list(range(len(masks))))
+            state.masks.append(masks, list(range(len(masks))))
             state.frames += 1
 
     def finish(self, state: GenVISState, top: int | None = None) -> VideoInstances:

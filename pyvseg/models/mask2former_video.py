@@ -34,7 +34,7 @@ class Mask2FormerVideo(Mask2Former):
         return features
 
     def link(self, clip: PixelFeatures, state: ClipState) -> None:
-        state.features.append(clip)
+        state.features.append(clip._replace(finest=clip.finest.new_empty(0)))  # only VITA looks at it; it is two fifths of the memory
 
     def finish(self, state: ClipState, top: int = TOP) -> VideoInstances:
         """Queries see all frames; masks are made for the best queries only, frame by frame."""

@@ -14,7 +14,8 @@ from pyvseg.layers.mask_decoder import Prediction
 from pyvseg.layers.pixel_decoder import PixelFeatures
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.mask2former import Mask2Former
-from pyvseg.models.video_instances import MaskStore, Selection, VideoInstances, render
+from pyvseg.models.spool import MaskStore
+from pyvseg.models.video_instances import Selection, VideoInstances, render
 
 TOP = 10  # tracks in a result
 
@@ -52,7 +53,7 @@ class MinVIS(Mask2Former):
         logits = logits[order].float()
         state.embeddings = queries[order]
         state.logits = logits if state.logits is None else state.logits + logits
-        state.masks.put(state.frames, masks[order], list(range(len(order))))
+        state.masks.append(masks[order], list(range(len(order))))
         state.frames += 1
         return order
 

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the video instance segmentation systems have in common behind their networks: masks kept until a video's tracks are
-known, and the tracks themselves."""
+"""What the video instance segmentation systems have in common behind their networks: the tracks of a video, and how masks
+that were kept become theirs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from tempfile import SpooledTemporaryFile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -15,116 +13,67 @@ import torch
 from torch import Tensor
 
 from pyvseg.models.frame_size import FrameSize
+from pyvseg.models.spool import Segments
 from pyvseg.video.rle import decode_rle, encode_masks
 
-MEMORY_BYTES = 256 << 20  # of kept tensors that stay in memory; later ones go to a temporary file
 _CHUNK_BYTES = 64 << 20  # of full-size logits at a time
-_MARGIN = 2  # cells around a mask's set cells that its full-size pixels depend on, see `MaskStore`
 
 
-class Spool:
-    """Float32 arrays kept in order, the first `MEMORY_BYTES` in memory, the others in a temporary file; picklable."""
+@dataclass(frozen=True)
+class Track:
+    """One track: its score, class (from 0), the class's name where it is known, the object whose masks it has."""
 
-    def __init__(self) -> None:
-        self._file = SpooledTemporaryFile(MEMORY_BYTES)
-        self._places: list[tuple[int, tuple[int, ...]]] = []
+    score: float
+    label: int
+    category: str
+    object_id: int
+    segments: Segments
 
     def __len__(self) -> int:
-        return len(self._places)
+        """Frames of the video."""
+        return self.segments.frames
 
-    def append(self, tensor: Tensor) -> int:
-        """Keeps the tensor; returns its number."""
-        start = self._file.seek(0, 2)
-        self._file.write(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
-        self._places.append((start, tuple(tensor.shape)))
-        return len(self) - 1
+    def mask(self, frame: int) -> np.ndarray | None:
+        """bool (H, W), None where the track is not in the frame."""
+        rle = self.segments.at(self.object_id, frame)
+        return None if rle is None else decode_rle(rle, self.segments.size, "segment")
 
-    def __getitem__(self, number: int) -> Tensor:
-        start, shape = self._places[number]
-        self._file.seek(start)
-        return torch.from_numpy(np.frombuffer(bytearray(self._file.read(4 * math.prod(shape))), np.float32)).view(shape)
-
-    def __getstate__(self) -> dict:
-        self._file.seek(0)
-        return {"bytes": self._file.read(), "places": self._places}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__()
-        self._file.write(state["bytes"])
-        self._places = state["places"]
-
-
-@dataclass
-class MaskStore:
-    """Stride-4 mask logits of a video's objects, only where they can matter: a mask that is nowhere set takes no room.
-
-    A full-size pixel is interpolated from cells at most `_MARGIN` apart, and is set only if one of them is; so the box of
-    the set cells with that margin gives the very same masks.
-    """
-
-    grid: tuple[int, int] = (0, 0)
-    spool: Spool = field(default_factory=Spool)
-    places: dict[int, dict[int, tuple[int, int, int]]] = field(default_factory=dict)  # frame -> object -> (number, top, left)
-
-    def put(self, frame: int, logits: Tensor, objects: list[int]) -> None:
-        """logits (N, h, w) of `objects` in `frame`; a mask that was there already is replaced."""
-        self.grid = tuple(logits.shape[-2:])
-        kept = self.places.setdefault(frame, {})
-        inside = logits > 0
-        rows, columns = inside.any(2).cpu().numpy(), inside.any(1).cpu().numpy()
-        for i, name in enumerate(objects):
-            kept.pop(name, None)
-            if rows[i].any():
-                (top, bottom), (left, right) = _span(rows[i]), _span(columns[i])
-                kept[name] = (self.spool.append(logits[i, top:bottom, left:right]), top, left)
-
-    def get(self, frame: int, objects: list[int]) -> tuple[list[int], Tensor]:
-        """Which of `objects` (their positions) have a mask in `frame`, and the logits (P, h, w) of these."""
-        kept = self.places.get(frame, {})
-        present = [i for i, name in enumerate(objects) if name in kept]
-        logits = torch.full((len(present), *self.grid), -1.0)
-        for plane, i in zip(logits, present):
-            number, top, left = kept[objects[i]]
-            part = self.spool[number]
-            plane[top : top + part.shape[0], left : left + part.shape[1]] = part
-        return present, logits
-
-
-def _span(set_lines: np.ndarray) -> tuple[int, int]:
-    index = np.flatnonzero(set_lines)
-    return max(int(index[0]) - _MARGIN, 0), int(index[-1]) + 1 + _MARGIN
+    @property
+    def masks(self) -> np.ndarray:
+        """bool (T, H, W), all at once; `mask` gives them one by one."""
+        empty = np.zeros(self.segments.size, bool)
+        return np.stack([empty if (mask := self.mask(t)) is None else mask for t in range(len(self))])
 
 
 @dataclass
 class VideoInstances:
-    """N tracks of a video, best first.
+    """N tracks of a video, best first; a sequence of `Track`.
 
     size      (height, width) of the masks
     scores    (N,) float32
     labels    (N,) int64, classes from 0
     objects   (N,) int64; tracks of one object with several classes share its masks
-    segments  object -> COCO RLE per frame, None where the mask is empty
+    segments  COCO RLE of the objects
+    classes   names of the classes, where they are known
     """
 
     size: tuple[int, int]
     scores: np.ndarray
     labels: np.ndarray
     objects: np.ndarray
-    segments: dict[int, list[dict | None]]
+    segments: Segments
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.scores)
 
-    def masks(self, track: int) -> np.ndarray:
-        """bool (T, H, W)"""
-        empty = np.zeros(self.size, bool)
-        masks = [self.mask(track, t) for t in range(len(self.segments[int(self.objects[track])]))]
-        return np.stack([empty if mask is None else mask for mask in masks])
+    def __getitem__(self, track: int) -> Track:
+        label = int(self.labels[track])
+        category = self.classes[label] if label < len(self.classes) else ""
+        return Track(float(self.scores[track]), label, category, int(self.objects[track]), self.segments)
 
-    def mask(self, track: int, frame: int) -> np.ndarray | None:
-        """bool (H, W), None where the track is not in the frame."""
-        rle = self.segments[int(self.objects[track])][frame]
-        return None if rle is None else decode_rle(rle, self.size, "segment")
+    def __iter__(self) -> Iterator[Track]:
+        return (self[i] for i in range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -155,7 +104,7 @@ def render(
                 frames (VITA, GenVIS) or of the video's own (CTVIS)
     """
     objects = list(dict.fromkeys(chosen.objects.tolist()))
-    segments: dict[int, list[dict | None]] = {name: [None] * frames for name in objects}
+    segments = Segments(size.source, objects, frames)
     inside, total = torch.zeros(2, len(objects))
     step = max(1, _CHUNK_BYTES // (4 * max(size.padded[0] * size.padded[1], size.source[0] * size.source[1])))
     for t in range(frames):
@@ -171,7 +120,7 @@ def render(
             masks = (shown > 0).cpu().numpy()
             set_somewhere = masks.any((1, 2))
             for i, rle in zip(np.array(some)[set_somewhere], encode_masks(masks[set_somewhere])):
-                segments[objects[i]][t] = rle
+                segments.put(objects[i], t, rle)
     scores = chosen.scores.float().cpu()
     if quality is not None:
         scores = scores * (total / (inside + 1e-6))[[objects.index(name) for name in chosen.objects.tolist()]]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.mask2former import Mask2Former, Mask2FormerSettings
-from pyvseg.models.video_instances import Selection, Spool, VideoInstances, render
+from pyvseg.models.spool import Spool
+from pyvseg.models.video_instances import Selection, VideoInstances, render
 from pyvseg.models.vita_module import VideoModule
 
 

@@ -92,7 +92,7 @@ def test_clear_errors(small, clip, tmp_path, capsys):
 def test_one_frame_of_any_shape(height, width, small):
     model = zoo.load("minvis_r50_ytvis21", weights=small("minvis_r50_ytvis21"))
     tracks = segment(model, [Frame(0, np.zeros((height, width, 3), np.uint8), "0")])
-    assert tracks.masks(0).shape == (1, height, width) and np.isfinite(tracks.scores).all()
+    assert tracks[0].masks.shape == (1, height, width) and np.isfinite(tracks.scores).all()
 
 
 def test_frames_of_another_size_and_no_frames(small):

@@ -89,7 +89,7 @@ def test_the_noise_filter_starts_after_its_frame_and_a_record_restarts_at_the_en
     step(state, (0.9, 0), rules=rules)
     assert list(state.records) == [0] and list(state.bank) == [0, 1]
     step(state, (0.95, 2), (0.9, 0), (0.8, 1), rules=rules)
-    assert list(state.records) == [0, 2, 1] and list(state.records[1].queries) == [5]
+    assert list(state.records) == [0, 2, 1] and (state.records[1].last, state.records[1].frames) == (5, 1)
 
 
 def test_a_tracklet_keeps_ten_embeddings():

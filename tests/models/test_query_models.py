@@ -8,16 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pyvseg import models
 from pyvseg.checkpoints import key_maps, load_into
 from pyvseg.layers.backbones import ResNetSizes, SwinSizes
 from pyvseg.layers.mask_decoder import DecoderLayer
-from pyvseg.models import video_instances
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.image_results import instances, panoptic
 from pyvseg.models.mask2former import Mask2Former, Mask2FormerSettings
 from pyvseg.models.mask2former_video import Mask2FormerVideo
 from pyvseg.models.minvis import MinVIS, match
-from pyvseg.models.video_instances import MaskStore, Selection, Spool, render
+from pyvseg.models.spool import MaskStore, Spool
+from pyvseg.models.video_instances import Selection, render
 from pyvseg.verify import load_case, verify_case
 from pyvseg.video.resize import resize_bilinear
 from tests.conftest import shared
@@ -190,9 +191,9 @@ def test_windows_do_not_change_the_result(small, cls, joint):
     model, size = small(cls, joint=joint), FrameSize.of(50, 70, 40)
     (a, _), (b, _) = (drive(model, frames(), size, together) for together in (1, 3))
     np.testing.assert_allclose(a.scores, b.scores, atol=1e-4)
-    assert len(a) == 10 and a.masks(0).shape == (5, 50, 70)
+    assert len(a) == 10 and a[0].masks.shape == (5, 50, 70)
     if np.array_equal(a.objects, b.objects):
-        assert np.mean([a.masks(i) != b.masks(i) for i in range(10)]) < 1e-2
+        assert np.mean([a[i].masks != b[i].masks for i in range(10)]) < 1e-2
 
 
 def test_a_pickled_state_goes_on(small):
@@ -205,7 +206,7 @@ def test_a_pickled_state_goes_on(small):
             x = size.input(image[None], model.settings.mean, model.settings.std)
             model.link(model.segment_clip(model.encode(x), state), state)
         rest = model.finish(state)
-    assert np.array_equal(whole.scores, rest.scores) and np.array_equal(whole.masks(3), rest.masks(3))
+    assert np.array_equal(whole.scores, rest.scores) and np.array_equal(whole[3].masks, rest[3].masks)
 
 
 @pytest.mark.parametrize("source, short", [((96, 128), None), ((45, 61), 96), ((300, 200), 64)])
@@ -215,7 +216,7 @@ def test_kept_masks_give_the_masks_of_the_whole_logits(source, short):
     coarse = torch.randn(40, 1, 6, 6, generator=generator) - 1.2
     logits = F.interpolate(coarse, tuple(s // 4 for s in size.padded), mode="bicubic")[:, 0]
     store = MaskStore()
-    store.put(0, logits, list(range(40)))
+    store.append(logits, list(range(40)))
     present, kept = store.get(0, list(range(40)))
     assert 0 < len(present) < 40
     whole = size.to_source(size.upsample(logits[None]))[0] > 0
@@ -223,13 +224,17 @@ def test_kept_masks_give_the_masks_of_the_whole_logits(source, short):
     assert torch.equal(size.to_source(size.upsample(kept[None]))[0] > 0, whole[present])
 
 
-def test_spool_beyond_memory(monkeypatch):
-    monkeypatch.setattr(video_instances, "MEMORY_BYTES", 100)
+def test_spool_beyond_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(models.spool, "MEMORY_BYTES", 100)
     spool = Spool()
-    tensors = [torch.randn(i % 3, 5) for i in range(20)]
+    tensors = [torch.randn(i % 3, 5).to((torch.float32, torch.bfloat16)[i % 2]) for i in range(20)]
     assert [spool.append(t) for t in tensors] == list(range(20))
-    for copy in (spool, pickle.loads(pickle.dumps(spool))):
-        assert all(torch.equal(copy[i], tensors[i]) for i in (19, 0, 7, 3))
+    spool.save(tmp_path / "spool")
+    for copy in (spool, pickle.loads(pickle.dumps(spool)), Spool.load(tmp_path / "spool")):
+        assert all(torch.equal(copy[i], tensors[i]) for i in (19, 0, 7, 3)) and torch.equal(copy.part(11, 3, 4), tensors[11].flatten()[3:7])
+    (tmp_path / "spool").write_bytes((tmp_path / "spool").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="cut short"):
+        Spool.load(tmp_path / "spool")
 
 
 def test_quality_and_sharing_of_masks():
@@ -241,4 +246,4 @@ def test_quality_and_sharing_of_masks():
     found = render(chosen, 3, size, lambda t, names: (list(range(len(names))), torch.stack([at[n] for n in names])), quality="resized")
     assert found.objects.tolist() == [7, 7, 9] and found.labels.tolist() == [0, 1, 0]
     np.testing.assert_allclose(found.scores, [0.5 * 0.95257413, 0.4 * 0.95257413, 0], rtol=1e-5)
-    assert found.masks(0).all() and not found.masks(2).any() and found.segments[9] == [None] * 3
+    assert found[0].masks.all() and not found[2].masks.any() and found.segments[9] == [None] * 3

@@ -104,6 +104,14 @@ def test_memory_grows_by_doubling():
     assert len(memory.keys) == 32 and torch.equal(memory.keys[:20], torch.stack(entries)) and torch.equal(memory.values[:20], -memory.keys[:20])
 
 
+def test_a_bounded_memory_loses_its_oldest_clips():
+    memory = Prototypes(limit=10)
+    entries = [torch.randn(1, 2, 3) for _ in range(25)]
+    for entry in entries:
+        memory.append(entry, -entry)
+    assert len(memory) == len(memory.keys) == 10 and {tuple(k.flatten().tolist()) for k in memory.keys} == {tuple(e.flatten().tolist()) for e in entries[15:]}
+
+
 def drive(model, frames, together, state=None, finish=True):
     s, size = model.settings, FrameSize.of(*frames.shape[1:3], None)
     state = model.new_state(size) if state is None else state
@@ -122,7 +130,7 @@ def test_vita_does_not_care_how_frames_are_batched():
     model = VITA(VITASettings(**SMALL, window=3)).eval()
     a, b = drive(model, FRAMES, 7), drive(model, FRAMES, 2)
     np.testing.assert_allclose(a.scores, b.scores, atol=1e-4)
-    assert a.masks(0).shape == (7, 40, 60)
+    assert a[0].masks.shape == (7, 40, 60)
 
 
 @pytest.mark.parametrize("length", [1, 3])
@@ -132,4 +140,4 @@ def test_a_pickled_genvis_state_goes_on(length):
     whole = drive(model, FRAMES, length)
     state = pickle.loads(pickle.dumps(drive(model, FRAMES[:3], length, finish=False)))
     rest = drive(model, FRAMES[3:], length, state)
-    assert np.array_equal(whole.scores, rest.scores) and np.array_equal(whole.masks(0), rest.masks(0)) and len(whole) == 6
+    assert np.array_equal(whole.scores, rest.scores) and np.array_equal(whole[0].masks, rest[0].masks) and len(whole) == 6

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pyvseg.models.ctvis import CTVIS, CTVISSettings, Detections
-from pyvseg.models.ctvis_tracker import Tracked, TrackerSettings, TrackerState, track
+from pyvseg.models.ctvis_tracker import Record, Tracked, TrackerSettings, TrackerState, track
 from pyvseg.verify.adapters import set_criterion
 from pyvseg.verify.adapters.mask2former import build, every, network_taps, settings
 from pyvseg.verify.adapters.video_masks import network_input, tracks, video_taps
@@ -35,9 +35,11 @@ def tracker_settings(config: dict) -> TrackerSettings:
 def _tracker(manifest: dict, inputs: dict[str, np.ndarray]) -> Iterator[tuple]:
     rules, state = tracker_settings(manifest["config"]["tracker"]), TrackerState()
     logits, masks, embeddings = (torch.from_numpy(inputs[f"in/{name}"]) for name in ("logits", "masks", "embeds"))
+    frames = []
     for t in range(len(logits)):
         known = state.ids > 0
         tracked = track(state, logits[t], masks[t], embeddings[t], rules)
+        frames.append(dict(zip(tracked.keys, tracked.queries)))
         tap = f"tap/frame{t}"
         yield f"{tap}.kept", tracked.detections.numpy()
         yield f"{tap}.query", np.array(tracked.queries, np.int64)
@@ -45,11 +47,11 @@ def _tracker(manifest: dict, inputs: dict[str, np.ndarray]) -> Iterator[tuple]:
         yield f"{tap}.record_ids", np.array(list(state.records), np.int64)
         yield from _frame_taps(tap, tracked, state, known, embeddings.shape[-1])
     records = list(state.records.values())
-    queries = np.array([[r.queries.get(t, -1) for t in range(len(logits))] for r in records])
+    queries = _queries(records, frames)
     yield "out/record_ids", np.array(list(state.records), np.int64)
     yield "out/record_query", queries
     yield "out/track_logits", torch.stack([r.mean_logits for r in records]).numpy()
-    present = _followed(records, masks.numpy()) > 0
+    present = _followed(queries, masks.numpy()) > 0
     yield "out/track_masks", np.packbits(present.reshape(*present.shape[:2], -1), axis=-1)
 
 
@@ -65,12 +67,15 @@ def _frame_taps(tap: str, tracked: Tracked, state: TrackerState, known: bool, wi
     yield f"{tap}.bank_embeds", embeddings[:, ::channel]
 
 
-def _followed(records: list, masks: np.ndarray) -> np.ndarray:
+def _queries(records: list[Record], frames: list[dict[int, int]]) -> np.ndarray:
+    """The query that each record had in each frame (n, T), -1 where it was absent; `frames` say it by the records' keys."""
+    return np.array([[frame.get(record.key, -1) for frame in frames] for record in records])
+
+
+def _followed(queries: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """Mask logits (n, T, h, w) of the records out of (T, Q, h, w), zero where they are absent."""
-    followed = np.zeros((len(records), len(masks), *masks.shape[2:]), np.float32)
-    for row, record in zip(followed, records):
-        for t, query in record.queries.items():
-            row[t] = masks[t, query]
+    followed = masks[np.arange(len(masks)), queries]
+    followed[queries < 0] = 0
     return followed
 
 
@@ -94,13 +99,15 @@ def _system(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np
     yield "tap/pred_embeds", clip.embeddings.numpy()
     state = model.new_state(size)
     channel = every(manifest, "bank_embeds")
+    frames = []
     for t in range(len(x)):
         known = state.tracker.ids > 0
         (tracked,) = model.link(Detections(*(part[t : t + 1] for part in clip)), state)
+        frames.append(dict(zip(tracked.keys, tracked.queries)))
         yield f"tap/frame{t}.nms_keep", tracked.kept.numpy().astype(np.uint8)
         yield from _frame_taps(f"tap/frame{t}", tracked, state.tracker, known, clip.embeddings.shape[-1], channel)
     records = list(state.tracker.records.values())
     step = every(manifest, "out/track_masks")
     yield "out/track_logits", torch.stack([r.mean_logits for r in records]).numpy()
-    yield "out/track_masks", _followed(records, clip.masks.numpy())[..., ::step, ::step]
+    yield "out/track_masks", _followed(_queries(records, frames), clip.masks.numpy())[..., ::step, ::step]
     yield from tracks(model.finish(state, config["topk"]))

@@ -43,5 +43,5 @@ def video_taps(manifest: dict, taps: Taps) -> Iterator[tuple]:
 def tracks(found: VideoInstances) -> Iterator[tuple]:
     yield "out/scores", found.scores
     yield "out/labels", found.labels
-    bits = [np.packbits(found.masks(i).reshape(len(found.segments[int(name)]), -1), axis=-1) for i, name in enumerate(found.objects)]
+    bits = [np.packbits(track.masks.reshape(len(track), -1), axis=-1) for track in found]
     yield "out/masks", np.stack(bits), BIT_RULE

@@ -139,4 +139,4 @@ def _tracks(found: VideoInstances, probabilities: torch.Tensor, masks) -> Iterat
     yield "out/query", rows
     yield "out/label", labels
     yield "out/score", found.scores[order]
-    yield "out/masks", np.stack([found.masks(i) for i in order]).astype(np.uint8), MASK_RULE
+    yield "out/masks", np.stack([found[i].masks for i in order]).astype(np.uint8), MASK_RULE
