@@ -114,6 +114,23 @@ def count_frame(truth_map: np.ndarray, result_map: np.ndarray, truth: Segments, 
     return Frame(pairs, truth._replace(areas=counted), result._replace(areas=areas_of(result.ids, pairs.result, pairs.pixels)))
 
 
+def count_labels(truth: np.ndarray, result: np.ndarray, num_classes: int, things: Sequence[int]) -> tuple[Frame, Pairs]:
+    """Counts a frame of label maps (see `pyvseg.metrics.stq`), which need no lists: the frame for VPQ and the pairs of labels for STQ.
+
+    A class of 255 is void, an annotated thing with instance 0 is crowd. Raises PyvsegError like `count_frame`.
+    """
+    pairs = count_pairs(truth, result)
+    ids = [np.where(labels >> 16 == 255, 0, labels + 1) for labels in pairs[:2]]  # id 0 is void, label 0 is not
+    lists = []
+    for each in ids:
+        listed = np.unique(each[each > 0])
+        lists.append(Segments.of(listed, listed - 1 >> 16, areas=areas_of(listed, each, pairs.pixels)))
+    lists[0] = lists[0]._replace(crowd=np.isin(lists[0].classes, things) & (lists[0].ids - 1 & 0xFFFF == 0))
+    for name, segments in zip(("annotation", "result"), lists):
+        _check(name, segments, num_classes)
+    return Frame(unpack(*tally(ids[0] << 24 | ids[1], pairs.pixels)), *lists), pairs
+
+
 def _check(name: str, segments: Segments, num_classes: int) -> None:
     ids, classes = segments.ids, segments.classes
     if (wrong := (classes < 0) | (classes >= num_classes)).any():
