@@ -55,7 +55,8 @@ class PngWriter:
 class OverlayWriter:
     """An H.264 video of the frames with their masks drawn in: yuv420p MP4 with the index in front, as browsers want it.
 
-    H.264 needs even sides; an odd side grows by repeating its last row or column.
+    H.264 needs even sides; an odd side grows by repeating its last row or column. A key frame every two seconds or so lets a
+    player jump, and thumbnails be made, without decoding what lies between.
     """
 
     def __init__(self, path: Path, size: tuple[int, int], fps: Fraction | None):
@@ -64,7 +65,7 @@ class OverlayWriter:
         with output_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.container = av.open(str(self.temporary), "w", format="mp4", options={"movflags": "+faststart"})
-            self.stream = self.container.add_stream("libx264", rate=fps or Fraction(24), options={"preset": "superfast", "crf": "20"})
+            self.stream = self.container.add_stream("libx264", rate=fps or Fraction(24), options={"preset": "superfast", "crf": "20", "g": "48"})
             self.stream.width, self.stream.height, self.stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
 
     def write(self, result: FrameResult) -> None:

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies in a results folder: its videos, their files, and what the page says of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+
+from pyvseg.errors import VideoError
+from pyvseg.video.palette import PALETTE
+
+BUCKETS = 48  # cells of the bar that shows when an object is there
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The files of one video; what was not written is None."""
+
+    name: str
+    tracks: Path | None = None  # JSON list of objects with COCO RLE
+    overlay: Path | None = None
+    masks: Path | None = None  # folder of PNGs
+    error: str | None = None  # why there are no results
+
+    @property
+    def strip(self) -> Path | None:
+        """Where the thumbnails belong: beside the JSON, else beside the overlay or the masks."""
+        beside = self.tracks or self.overlay or self.masks
+        return beside and beside.with_name(f"{beside.stem}.jpg")
+
+
+@dataclass
+class Object:
+    """One object of a video."""
+
+    object_id: int
+    category: str
+    score: float
+    colour: str  # in the overlay, #rrggbb
+    frames: int  # in which it has a mask
+    present: str  # "0110...": of each of at most BUCKETS equal parts of the video, whether it is there
+
+
+@dataclass
+class Facts:
+    """What the page tells of a video."""
+
+    frames: int = 0
+    size: tuple[int, int] | None = None  # height, width
+    fps: float | None = None
+    objects: list[Object] = field(default_factory=list)
+
+
+def find(root: Path) -> list[Entry]:
+    """The videos of a results folder, by name: of one video, of a dataset, or with one folder for each video.
+
+    Raises VideoError when there is none.
+    """
+    if not root.is_dir():
+        raise VideoError(f"{root}: no such folder; give the --out folder of a run")
+    entries = {entry.name: entry for entry in (*_failed(root), *_dataset(root), *_folders(root))}
+    if (whole := _entry(root.resolve().name, root)) is not None:
+        entries = {whole.name: whole}
+    if not entries:
+        raise VideoError(f"{root}: no results in this folder; give the --out folder of a run")
+    return [entries[name] for name in sorted(entries)]
+
+
+def _entry(name: str, folder: Path) -> Entry | None:
+    tracks = next((path for path in (folder / "results.json", folder / "masks.json") if path.is_file()), None)
+    overlay, masks = folder / "overlay.mp4", folder / "masks"
+    entry = Entry(name, tracks, overlay if overlay.is_file() else None, masks if masks.is_dir() else None)
+    return entry if entry.strip else None
+
+
+def _folders(root: Path) -> Iterator[Entry]:
+    for folder in root.iterdir():
+        if folder.is_dir() and not folder.name.startswith(".") and (entry := _entry(folder.name, folder)):
+            yield entry
+
+
+def _dataset(root: Path) -> Iterator[Entry]:
+    for tracks in (root / "rle").glob("*.json"):
+        overlay, masks = root / "overlays" / f"{tracks.stem}.mp4", root / "Annotations" / tracks.stem
+        yield Entry(tracks.stem, tracks, overlay if overlay.is_file() else None, masks if masks.is_dir() else None)
+
+
+def _failed(root: Path) -> Iterator[Entry]:
+    """Videos that the manifest of a batch notes as failed; results found in the folder take their place."""
+    try:
+        lines = (root / "manifest.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            note = json.loads(line)
+            if note.get("status") == "failed":
+                yield Entry(str(note["name"]), error=str(note["reason"]))
+        except (ValueError, AttributeError, KeyError):
+            continue
+
+
+def facts(entry: Entry) -> Facts:
+    """Reads what was written of the video; damaged files say nothing."""
+    found = Facts()
+    if entry.masks is not None and entry.tracks is None:
+        found.frames = sum(1 for _ in entry.masks.glob("*.png"))
+    for number, track in enumerate(_read_tracks(entry.tracks), 1):
+        segments = track["segmentations"]
+        found.frames = max(found.frames, len(segments))
+        found.size = found.size or next((tuple(rle["size"]) for rle in segments if rle), None)
+        found.objects.append(_object(track, segments))
+    _colour(found.objects, by_id=entry.tracks is not None and entry.tracks.name != "results.json")
+    if entry.overlay is not None:
+        _read_overlay(entry.overlay, found)
+    return found
+
+
+def _read_tracks(path: Path | None) -> list[dict]:
+    try:
+        tracks = json.loads(path.read_bytes()) if path else []
+        return [track for track in tracks if isinstance(track["segmentations"], list) and isinstance(track.get("score", 1.0), (int, float))]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []
+
+
+def _object(track: dict, segments: list) -> Object:
+    cells = min(BUCKETS, len(segments))
+    bounds = [round(i * len(segments) / cells) for i in range(cells + 1)] if cells else []
+    present = "".join("01"[any(segments[a:b])] for a, b in zip(bounds, bounds[1:]))
+    category = str(track.get("category") or f"class {track.get('category_id', 1)}")
+    return Object(int(track.get("object_id", 0)), category, float(track.get("score", 1.0)), "", sum(map(bool, segments)), present)
+
+
+def _colour(objects: list[Object], by_id: bool) -> None:
+    """A label image numbers given objects by their ids, found ones in the order of their first track."""
+    numbers: dict[int, int] = {}
+    for each in objects:
+        number = each.object_id if by_id else numbers.setdefault(each.object_id, len(numbers) + 1)
+        each.colour = "#" + bytes(PALETTE[number % 256]).hex()
+
+
+def _read_overlay(path: Path, found: Facts) -> None:
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            found.fps = float(stream.average_rate) if stream.average_rate else None
+            found.frames = found.frames or stream.frames
+            found.size = found.size or (stream.height, stream.width)
+    except (av.FFmpegError, OSError, IndexError):
+        pass
