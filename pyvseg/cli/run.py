@@ -24,15 +24,18 @@ class Run:
         pyvseg run frames/ --mask objects.json --model stcn_r50 --weights stcn.pth --out results
         pyvseg run DAVIS --sequences DAVIS/ImageSets/2017/val.txt --out results
         pyvseg run street.mp4 --model ctvis_r50_ytvis19 --weights CTVIS_checkpoint.pth
+        pyvseg run ytvis_2019/valid.json --model ctvis_r50_ytvis19 --weights CTVIS_checkpoint.pth --no-pngs --no-overlay
 
     Models for video instance segmentation need no masks; of them OUT receives results.json (YouTube-VIS results), overlay.mp4
-    and masks/.
+    and masks/. They also take a folder of videos, or the JSON or the folder of a YouTube-VIS or OVIS split: then one
+    results.json holds all of them, as the evaluation server wants it.
 
     Ctrl-C stops at the end of a clip; the same command with --resume goes on and gives the same masks.
     """
 
     video: tyro.conf.Positional[Path]
-    """An MP4/AVI/MKV, a folder of images, or a DAVIS/YouTube-VOS folder (with JPEGImages and Annotations)."""
+    """An MP4/AVI/MKV, a folder of images, or a DAVIS/YouTube-VOS folder (with JPEGImages and Annotations). Instance segmentation:
+    also a folder of videos, or a YouTube-VIS/OVIS split (its JSON, or the folder that holds it)."""
     mask: tuple[Path, ...] = ()
     """The first frame's mask: a palette PNG (pixel = object id), one binary PNG per object, a folder of either, or a JSON of
     polygons, boxes or COCO RLE."""
@@ -59,6 +62,12 @@ class Run:
     """Instance segmentation: tracks of a lower score are left out of masks and overlay; results.json has all."""
     top_k: int | None = None
     """Instance segmentation: so many tracks at most. Left out: the model's published number."""
+    compat: bool = True
+    """Instance segmentation: each object only once, with its likeliest class; as published it makes a track for each likely one."""
+    at_once: int | None = None
+    """Instance segmentation: so many videos at a time pass through the network together. Left out: 4 on a GPU, else 1."""
+    pngs: bool = True
+    """Instance segmentation: leave out the palette PNGs. Without them and the overlay every video is read only once."""
     overlay: bool = True
     """Leave out the overlay video."""
     overwrite: bool = False
@@ -95,38 +104,47 @@ def _finds_instances(options: Run) -> bool:
 
 
 def _run_instances(options: Run, bounds: tuple[int, int | None] | None) -> None:
-    from pyvseg.engine.instances import run_instances
+    from pyvseg.engine.run_instances import InstanceModel, InstanceOptions, run_instances
     from pyvseg.models import zoo
 
-    if options.mask or options.resume:
-        raise PyvsegError(f"{options.model} finds the objects itself, in one go; leave {'--mask' if options.mask else '--resume'} out")
-    if options.top_k is not None and options.top_k < 1:
-        raise PyvsegError(f"--top-k {options.top_k}: must be at least 1")
+    if options.mask:
+        raise PyvsegError(f"{options.model} finds the objects itself; leave --mask out")
+    for name, value in (("--top-k", options.top_k), ("--at-once", options.at_once)):
+        if value is not None and value < 1:
+            raise PyvsegError(f"{name} {value}: must be at least 1")
     if not (options.video.exists() and (options.weights is None or options.weights.is_file())):
         missing = options.video if not options.video.exists() else f"weights {options.weights}"
         raise PyvsegError(f"{missing}: no such file")
-    model = zoo.load(options.model, weights=options.weights, device=options.device, precision=options.precision)
+    network = zoo.load(options.model, weights=options.weights, device=options.device, precision=options.precision)
+    at_once = options.at_once or (4 if network.device.type == "cuda" else 1)
+    settings = {"weights": str(options.weights), "precision": options.precision, "device": str(network.device), "pyvseg": __version__}
     summary = run_instances(
-        model, options.video, out=options.out, classes=zoo.variant(options.model).classes, score_threshold=options.score_threshold,
-        top=options.top_k, overlay=options.overlay, overwrite=options.overwrite, frames=bounds,
+        InstanceModel(network, options.model, zoo.variant(options.model).classes, settings), options.video,
+        InstanceOptions(options.score_threshold, options.top_k, options.compat, options.pngs, options.overlay, at_once),
+        out=options.out, overwrite=options.overwrite, resume=options.resume, frames=bounds, sequences=options.sequences,
     )  # fmt: skip
     if options.overlay:
-        print(f"overlay video   {options.out / 'overlay.mp4'}")
-    print(f"palette PNGs    {options.out / 'masks'}, {summary.shown} objects of score {options.score_threshold} or more")
-    print(f"YouTube-VIS     {options.out / 'results.json'}, {len(summary.tracks)} tracks")
-    print(f"{summary.frames} frames in {summary.seconds:.1f} s: {summary.frames / summary.seconds:.1f} frames per second, reading and writing included")
+        print(f"overlay video   {options.out / ('overlay.mp4' if summary.single else 'overlays')}")
+    if options.pngs:
+        print(f"palette PNGs    {options.out / 'masks'}, {summary.shown} objects of score {options.score_threshold} or more")
+    of = "" if summary.single else f" of {summary.videos} videos"
+    print(f"YouTube-VIS     {options.out / 'results.json'}, {summary.tracks} tracks{of}")
+    _report_speed(summary)
 
 
 def report(summary) -> None:
     """Says where the results lie and how fast they came."""
     if len(summary.targets) == 1:
-        (target,) = summary.targets
-        if target.overlay:
-            print(f"overlay video   {target.overlay}")
-        print(f"palette PNGs    {target.masks}")
-        print(f"COCO RLE JSON   {target.rle}")
+        files = summary.targets[0].files
+        for what, name in (("overlay video", "overlay.mp4"), ("palette PNGs ", "masks"), ("COCO RLE JSON", "masks.json")):
+            if files[name].exists():
+                print(f"{what}   {files[name]}")
     else:
         print(f"{len(summary.targets)} sequences   {summary.out}")
+    _report_speed(summary)
+
+
+def _report_speed(summary) -> None:
     if summary.frames:
         print(f"{summary.frames} frames in {summary.seconds:.1f} s: {summary.fps:.1f} frames per second, reading and writing included")
     else:

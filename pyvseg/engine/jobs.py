@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is to do: one video with its masks, or every sequence of a DAVIS or YouTube-VOS folder."""
+"""What there is to do: one video, every video of a folder, or every sequence of a data set."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyvseg.datasets.davis import Davis
+from pyvseg.datasets.youtube_vis import YouTubeVIS, find_document
 from pyvseg.datasets.youtube_vos import YouTubeVOS
 from pyvseg.errors import PyvsegError, VideoError
+from pyvseg.video.reader import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -15,8 +18,10 @@ class Job:
 
     name: str
     video: object  # whatever `open_video` reads
-    masks: object  # whatever `read_masks` reads
+    masks: object = None  # whatever `read_masks` reads
     keep: frozenset[str] | None = None  # frames that the benchmark wants; None for all
+    id: int | str = ""  # what results call the video; empty: its name
+    size: tuple[int, int] | None = None  # (height, width) that results must have
 
 
 def is_dataset(source) -> bool:
@@ -47,6 +52,35 @@ def find_jobs(root: Path, annotations: str = "auto", sequences: list[str] | None
         jobs.append(Job(name, next(iter(images.values())).parent, masks, keep))
     note = f"{len(jobs)} sequences: first mask only for {first_only}, every given mask for {len(jobs) - first_only}"
     return jobs, note
+
+
+def find_videos(source, sequences: list[str] | None = None) -> tuple[list[Job], YouTubeVIS | None]:
+    """The videos behind `source`, and the data set if it is one: the JSON or the folder of a YouTube-VIS or OVIS split, a folder
+    with JPEGImages/SEQUENCE, a folder of videos (files, or folders of images), or a single video, whose job has no name."""
+    root = Path(source) if isinstance(source, (str, Path)) else None
+    if root is None or not (root.suffix == ".json" or root.is_dir()):
+        return [Job("", source)], None
+    inside = sorted(path for path in root.iterdir() if not path.name.startswith(".")) if root.is_dir() else []
+    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in inside):
+        return [Job("", source)], None
+    clips = [path for path in inside if path.suffix.lower() in VIDEO_SUFFIXES]
+    if not clips and (root.suffix == ".json" or find_document(root)):
+        dataset = YouTubeVIS(root)
+        jobs = [Job(v.name, v.files, id=v.id, size=v.size) for v in dataset.videos]
+    else:
+        dataset = None
+        if is_dataset(root):
+            images = root / "JPEGImages"
+            inside = sorted((images / "480p" if (images / "480p").is_dir() else images).iterdir())
+        clips += [path for path in inside if path.is_dir() and any(p.suffix.lower() in IMAGE_SUFFIXES for p in path.iterdir())]
+        stems = Counter(path.stem for path in clips)
+        jobs = [Job(path.stem if stems[path.stem] == 1 else path.name, path) for path in sorted(clips)]
+    if not jobs:
+        raise VideoError(f"{root}: neither images nor videos nor folders of images in there")
+    if sequences:
+        names = set(_listed(sequences, [job.name for job in jobs], root))
+        jobs = [job for job in jobs if job.name in names]
+    return jobs, dataset
 
 
 def _listed(sequences: list[str], known: list[str], root: Path) -> list[str]:

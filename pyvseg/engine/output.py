@@ -5,18 +5,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from pyvseg.errors import OutputError
+from pyvseg.errors import OutputError, PyvsegError
 from pyvseg.video.png import read_labels
 from pyvseg.video.types import Frame, FrameResult
-from pyvseg.video.writer import OverlayWriter, PngWriter, RleWriter, output_errors
+from pyvseg.video.writer import output_errors
 
 UNFINISHED = "unfinished"
 
@@ -27,9 +26,7 @@ class Targets:
 
     root: Path  # the output folder of the whole run
     work: Path
-    masks: Path  # folder of palette PNGs; it appears last, so a video with this folder is finished
-    overlay: Path | None  # MP4
-    rle: Path  # JSON
+    files: dict[str, Path]  # name in `work` -> final name; the last one appears last, so a video that has it is finished
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,17 +36,18 @@ class Interrupted(KeyboardInterrupt):
 class VideoOutput:
     """Writes one video's results: `open`, then `write` each frame inside `guard`, then `finish`, or `suspend` to go on later.
 
-    `settings` is all that the masks depend on; a suspended run is resumed only under equal settings.
+    `settings` is all that the masks depend on; a suspended run is resumed only under equal settings. `writers` are whatever
+    `pyvseg.video.writer` has for the files wanted; what is not written in a run is not left over from an older one either.
     """
 
-    def __init__(self, targets: Targets, name: str, size: tuple[int, int], fps: Fraction | None, settings: dict):
-        self.targets, self.name, self.size, self.fps, self.settings = targets, name, size, fps, settings
+    def __init__(self, targets: Targets, name: str, settings: dict):
+        self.targets, self.name, self.settings = targets, name, settings
         self.written = 0
         self.writers = []
 
     def is_finished(self) -> bool:
         """Whether the results are there, made under equal settings."""
-        return self.targets.masks.is_dir() and _read_json(self._manifest).get(self.name) == self.settings
+        return list(self.targets.files.values())[-1].exists() and _read_json(self._manifest).get(self.name) == self.settings
 
     @property
     def _manifest(self) -> Path:
@@ -79,10 +77,6 @@ class VideoOutput:
             work.mkdir(parents=True, exist_ok=True)
             if not first:
                 self._note(0)
-        self.writers.append(PngWriter(work / "masks"))
-        self.writers.append(RleWriter(work / "masks.json", self.name))
-        if self.targets.overlay:
-            self.writers.append(OverlayWriter(work / "overlay.mp4", self.size, self.fps))
 
     def _note(self, next_frame: int) -> None:
         _write_json(self.targets.work / "run.json", {"settings": self.settings, "next_frame": next_frame})
@@ -102,12 +96,12 @@ class VideoOutput:
             masks = self.targets.work / "masks"
             kept = len(list(masks.glob("*.png")))
             if not kept:
-                self._clean()
+                self.clean()
                 raise
             raise OutputError(f"{error}; {kept} complete masks remain in {masks}, the same command with --resume goes on") from None
         except BaseException:
             self.suspend()
-            self._clean()
+            self.clean()
             raise
 
     def how_to_resume(self) -> str:
@@ -133,39 +127,52 @@ class VideoOutput:
         """Closes every file and gives the results their names; `keep` are the frames whose PNGs are wanted, None for all."""
         for writer in self.writers:
             writer.close()
-        work, targets = self.targets.work, self.targets
-        with output_errors(targets.masks):
+        work, files = self.targets.work, self.targets.files
+        with output_errors(self.targets.root):
             for path in (work / "masks").iterdir() if keep is not None else ():
                 if path.stem not in keep:
                     path.unlink()
-            for source, target in ((work / "masks.json", targets.rle), (work / "overlay.mp4", targets.overlay), (work / "masks", targets.masks)):
-                if target is None:
-                    continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if target.is_dir():
-                    os.replace(target, work / "replaced")
-                os.replace(source, target)
-            _write_json(self._manifest, _read_json(self._manifest) | {self.name: self.settings})
-            self._clean()
+            for number, (name, target) in enumerate(files.items()):
+                if target.exists():
+                    os.replace(target, work / f"replaced-{number}")
+                if (work / name).exists():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(work / name, target)
+            _write_json(self._manifest, dict(sorted((_read_json(self._manifest) | {self.name: self.settings}).items())))
+            self.clean()
 
-    def suspend(self, state=None, next_frame: int = 0) -> None:
-        """Leaves the complete PNGs and, with `state`, what a later run needs to go on at `next_frame`."""
+    def suspend(self, save: Callable[[Path], None] | None = None, next_frame: int = 0) -> None:
+        """Leaves the complete PNGs and, with the state's `save`, what a later run needs to go on at `next_frame`."""
         for writer in self.writers:
             writer.discard()
-        if state is not None:
+        if save is not None:
             path = self.state_path(next_frame)
             with output_errors(path):
-                state.save(path)
+                save(path)
                 self._note(next_frame)
-                for old in path.parent.glob("state-*.safetensors"):
-                    if old != path:
+                for old in path.parent.glob("state-*"):
+                    if not old.name.startswith(path.name):
                         old.unlink()
 
-    def _clean(self) -> None:
+    def clean(self) -> None:
+        """Removes everything unfinished of this video."""
         _remove(self.targets.work)
         with suppress(OSError):
             for folder in (self.targets.work.parent, self.targets.root):
                 folder.rmdir()  # refuses unless it is empty
+
+
+def check_out(out: Path, overwrite: bool, resume: bool) -> None:
+    """Raises PyvsegError where a run must not write."""
+    if overwrite and resume:
+        raise PyvsegError("--overwrite and --resume exclude each other: start again, or go on")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; choose another --out folder")
+    if overwrite or resume or not out.exists() or not any(out.iterdir()):
+        return
+    if (out / UNFINISHED).exists():
+        raise OutputError(f"{out} already holds an unfinished run; continue it with --resume, or start again with --overwrite")
+    raise OutputError(f"{out} already holds results or other files; choose another --out, or replace them with --overwrite")
 
 
 def _read_json(path: Path) -> dict:

@@ -7,9 +7,12 @@ fastest stage waits for the slowest.
 
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+
+from tqdm import tqdm
 
 _END = object()
 
@@ -93,8 +96,8 @@ class Background:
 
 
 @contextmanager
-def stop_on_interrupt(announce: Callable[[], None]) -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets (and calls `announce`), so that work can stop at a good moment; the second one interrupts at once.
+def stop_on_interrupt() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets (and says so), so that work can stop at a good moment; the second one interrupts at once.
 
     Outside the main thread, where Python allows no signal handlers, the event is never set.
     """
@@ -106,7 +109,7 @@ def stop_on_interrupt(announce: Callable[[], None]) -> Iterator[threading.Event]
     def handle(signum, frame):
         stop.set()
         signal.signal(signal.SIGINT, previous)
-        announce()
+        tqdm.write("stopping at the end of this clip (Ctrl-C again: at once)", file=sys.stderr)
 
     previous = signal.signal(signal.SIGINT, handle)
     try:

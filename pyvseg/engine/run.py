@@ -13,12 +13,13 @@ import numpy as np
 from tqdm import tqdm
 
 from pyvseg.engine.jobs import Job, find_jobs, is_dataset
-from pyvseg.engine.output import UNFINISHED, Interrupted, Targets, VideoOutput, fingerprint
+from pyvseg.engine.output import UNFINISHED, Interrupted, Targets, VideoOutput, check_out, fingerprint
 from pyvseg.engine.pipeline import Background, Prefetch, stop_on_interrupt
-from pyvseg.errors import OutputError, PyvsegError, VideoError
+from pyvseg.errors import PyvsegError, VideoError
 from pyvseg.video.masks import frames_with_masks, read_masks
 from pyvseg.video.reader import Video, open_video
 from pyvseg.video.types import Frame, FrameResult
+from pyvseg.video.writer import OverlayWriter, PngWriter, RleWriter
 
 
 class Propagation(Protocol):
@@ -82,24 +83,21 @@ def run(
     written, Interrupted after Ctrl-C.
     """
     out = Path(out)
-    if overwrite and resume:
-        raise PyvsegError("--overwrite and --resume exclude each other: start again, or go on")
     if is_dataset(video):
         if masks is not None or frames is not None:
             raise PyvsegError(f"{video} is a dataset folder with its own Annotations; leave --mask and --frames out")
         jobs, note = find_jobs(Path(video), annotations, sequences)
-        targets = [_dataset_targets(out, job.name, overlay) for job in jobs]
     else:
         if masks is None:
             raise VideoError(f"{video}: labels are missing: say what to follow with --mask FIRST.png (palette PNG, binary PNGs or JSON)")
         jobs, note = [Job("", video, masks)], ""
-        targets = [Targets(out, out / UNFINISHED, out / "masks", out / "overlay.mp4" if overlay else None, out / "masks.json")]
-    _check_out(out, overwrite, resume)
+    targets = [_targets(out, job.name) for job in jobs]
+    check_out(out, overwrite, resume)
     summary = Summary(out, targets, note=note)
     if note and progress:
         print(note, file=sys.stderr)
-    with stop_on_interrupt(_announce_stop) as stop:
-        runner = _Runner(tracker, summary, stop, resume, frames, queue_frames, progress)
+    with stop_on_interrupt() as stop:
+        runner = _Runner(tracker, summary, stop, resume, frames, overlay, queue_frames, progress)
         for done, (job, target) in enumerate(zip(jobs, targets, strict=True)):
             if stop.is_set():
                 raise Interrupted(f"stopped after {done} of {len(jobs)} sequences; the same command with --resume goes on")
@@ -107,23 +105,11 @@ def run(
     return summary
 
 
-def _announce_stop() -> None:
-    tqdm.write("stopping at the end of this clip (Ctrl-C again: at once)", file=sys.stderr)
-
-
-def _dataset_targets(out: Path, name: str, overlay: bool) -> Targets:
-    movie = out / "overlays" / f"{name}.mp4" if overlay else None
-    return Targets(out, out / UNFINISHED / name, out / "Annotations" / name, movie, out / "rle" / f"{name}.json")
-
-
-def _check_out(out: Path, overwrite: bool, resume: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; choose another --out folder")
-    if overwrite or resume or not out.exists() or not any(out.iterdir()):
-        return
-    if (out / UNFINISHED).exists():
-        raise OutputError(f"{out} already holds an unfinished run; continue it with --resume, or start again with --overwrite")
-    raise OutputError(f"{out} already holds results or other files; choose another --out, or replace them with --overwrite")
+def _targets(out: Path, name: str) -> Targets:
+    if not name:
+        return Targets(out, out / UNFINISHED, {"masks.json": out / "masks.json", "overlay.mp4": out / "overlay.mp4", "masks": out / "masks"})
+    files = {"masks.json": out / "rle" / f"{name}.json", "overlay.mp4": out / "overlays" / f"{name}.mp4", "masks": out / "Annotations" / name}
+    return Targets(out, out / UNFINISHED / name, files)
 
 
 @dataclass(frozen=True)
@@ -135,28 +121,34 @@ class _Runner:
     stop: Event
     resume: bool
     frames: tuple[int, int | None] | None
+    overlay: bool
     queue_frames: int
     progress: bool
 
     def run(self, job: Job, targets: Targets, position: str) -> None:
         video, given = _open(job, self.frames)
         settings = {"video": video.source, "frames": list(self.frames or ()), "masks": fingerprint(given), **self.tracker.settings}
-        output = VideoOutput(targets, video.name, video.size, video.fps, settings)
+        output = VideoOutput(targets, video.name, settings)
         if self.resume and output.is_finished():
             return
         first = output.resume_at() if self.resume else 0
         started = time.perf_counter()
         with output.guard(), self._bar(video, first, position) as bar:
             output.open(first)
+            output.writers += self._writers(targets.work, video)
             propagation = self.tracker.propagation(output.state_path(first) if first else None)
             reached = self._stream(frames_with_masks(video, given), propagation, output, first, bar)
             self.summary.frames += output.written - first
             self.summary.seconds += time.perf_counter() - started
             if reached is not None:
-                output.suspend(*(propagation.state, reached) if reached > first else ())
+                output.suspend(*(propagation.state.save, reached) if reached > first else ())
                 raise Interrupted(output.how_to_resume())
             _check_masks_used(given, output.written, video)
             output.finish(job.keep)
+
+    def _writers(self, work: Path, video: Video) -> list:
+        movie = [OverlayWriter(work / "overlay.mp4", video.size, video.fps)] if self.overlay else []
+        return [PngWriter(work / "masks"), RleWriter(work / "masks.json", video.name), *movie]
 
     def _stream(self, frames: Iterable[Frame], propagation: Propagation, output: VideoOutput, first: int, bar: tqdm) -> int | None:
         """Decode, model and write at the same time, from frame `first`, whose predecessors are there already.

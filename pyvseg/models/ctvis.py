@@ -68,10 +68,14 @@ class CTVIS(Mask2Former):
         state.masks.append(masks[tracked.queries], tracked.keys)
         return tracked
 
-    def finish(self, state: CTVISState, top: int | None = None) -> VideoInstances:
-        """The tracks of the video so far, by default as many as there are classes, as published."""
+    def probabilities(self, state: CTVISState) -> tuple[Tensor, list[int]]:
+        """Of the classes for every record (N, K), and the records' keys."""
         records = list(state.tracker.records.values())
-        classes = self.settings.classes
-        means = torch.stack([r.mean_logits for r in records]) if records else torch.zeros(0, classes + 1)
-        chosen = Selection.best(means.softmax(-1)[:, :-1], top or classes, [record.key for record in records])
+        means = torch.stack([r.mean_logits for r in records]) if records else torch.zeros(0, self.settings.classes + 1)
+        return means.softmax(-1)[:, :-1], [record.key for record in records]
+
+    def finish(self, state: CTVISState, top: int | None = None, compat: bool = True) -> VideoInstances:
+        """The tracks of the video so far, by default as many as there are classes, as published."""
+        probabilities, names = self.probabilities(state)
+        chosen = Selection.best(probabilities, top or self.settings.classes, names, compat=compat)
         return render(chosen, state.tracker.frame, state.size, state.masks.get, quality="source")

@@ -129,7 +129,12 @@ class GenVIS(VITA):
             state.masks.append(masks, list(range(len(masks))))
             state.frames += 1
 
-    def finish(self, state: GenVISState, top: int | None = None) -> VideoInstances:
+    def probabilities(self, state: GenVISState) -> tuple[Tensor, list[int]]:
+        """Of the classes for every query (cQ, K), the best of all clips, and the queries."""
+        return state.probabilities, list(range(len(state.probabilities)))
+
+    def finish(self, state: GenVISState, top: int | None = None, compat: bool = True) -> VideoInstances:
         """The tracks of the video so far."""
-        chosen = Selection.best(state.probabilities, top or self.settings.top)
+        probabilities, names = self.probabilities(state)
+        chosen = Selection.best(probabilities, top or self.settings.top, names, compat=compat)
         return render(chosen, state.frames, state.size, state.masks.get, quality="resized")

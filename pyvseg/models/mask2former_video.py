@@ -36,11 +36,11 @@ class Mask2FormerVideo(Mask2Former):
     def link(self, clip: PixelFeatures, state: ClipState) -> None:
         state.features.append(clip._replace(finest=clip.finest.new_empty(0)))  # only VITA looks at it; it is two fifths of the memory
 
-    def finish(self, state: ClipState, top: int = TOP) -> VideoInstances:
+    def finish(self, state: ClipState, top: int | None = None, compat: bool = True) -> VideoInstances:
         """Queries see all frames; masks are made for the best queries only, frame by frame."""
         features = joined(state.features)
         *_, queries = self.decoder.refine(features)
-        chosen = Selection.best(self.decoder.class_embed(queries)[0].float().softmax(-1)[:, :-1], top)
+        chosen = Selection.best(self.decoder.class_embed(queries)[0].float().softmax(-1)[:, :-1], top or TOP, compat=compat)
         embeddings = self.decoder.mask_embed(queries)[0]
 
         def logits_at(frame: int, objects: list[int]) -> tuple[list[int], Tensor]:

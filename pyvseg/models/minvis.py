@@ -57,10 +57,14 @@ class MinVIS(Mask2Former):
         state.frames += 1
         return order
 
-    def finish(self, state: MinVISState, top: int = TOP) -> VideoInstances:
-        """The tracks of the video so far. A track's class is that of its mean logits."""
-        probabilities = (state.logits / state.frames).softmax(-1)[:, :-1]
-        return render(Selection.best(probabilities, top), state.frames, state.size, state.masks.get)
+    def probabilities(self, state: MinVISState) -> tuple[Tensor, list[int]]:
+        """Of the classes for every slot (Q, K), and the slots. A slot's class is that of its mean logits."""
+        return (state.logits / state.frames).softmax(-1)[:, :-1], list(range(len(state.logits)))
+
+    def finish(self, state: MinVISState, top: int | None = None, compat: bool = True) -> VideoInstances:
+        """The tracks of the video so far."""
+        probabilities, names = self.probabilities(state)
+        return render(Selection.best(probabilities, top or TOP, names, compat=compat), state.frames, state.size, state.masks.get)
 
 
 def match(before: Tensor, after: Tensor) -> Tensor:

@@ -39,6 +39,11 @@ class Track:
         return None if rle is None else decode_rle(rle, self.segments.size, "segment")
 
     @property
+    def rle(self) -> list[dict | None]:
+        """COCO RLE per frame, None where the track is not in the frame."""
+        return self.segments[self.object_id]
+
+    @property
     def masks(self) -> np.ndarray:
         """bool (T, H, W), all at once; `mask` gives them one by one."""
         empty = np.zeros(self.segments.size, bool)
@@ -85,8 +90,15 @@ class Selection:
     labels: Tensor
 
     @classmethod
-    def best(cls, probabilities: Tensor, top: int, names: list[int] | None = None) -> Selection:
-        """The `top` largest of probabilities (Q, K); `names` are the objects behind the rows, None: 0, 1, ..."""
+    def best(cls, probabilities: Tensor, top: int, names: list[int] | None = None, *, compat: bool = True) -> Selection:
+        """The `top` largest of probabilities (Q, K); `names` are the objects behind the rows, None: 0, 1, ...
+
+        As published an object is in it once for each class that is likely enough; without `compat` only with its likeliest.
+        """
+        if not compat:
+            only = torch.full_like(probabilities, -1.0)
+            likeliest = probabilities.argmax(1, keepdim=True) if probabilities.numel() else only.long()
+            probabilities, top = only.scatter(1, likeliest, probabilities.gather(1, likeliest)), min(top, len(probabilities))
         scores, index = probabilities.flatten().topk(min(top, probabilities.numel()))
         classes = probabilities.shape[1]
         rows = index // max(classes, 1)

@@ -78,7 +78,7 @@ class VITA(Mask2Former):
         for masks in clip.masks:
             state.masks.append(masks)
 
-    def finish(self, state: VITAState, top: int | None = None) -> VideoInstances:
+    def finish(self, state: VITAState, top: int | None = None, compat: bool = True) -> VideoInstances:
         """One pass of the video module over all frames; masks are made for the best queries only."""
         tokens = self.video.encode(torch.cat(state.queries)[None])
         queries = self.video.decoder_norm(self.video.decode(tokens)[-1])[0]
@@ -89,5 +89,5 @@ class VITA(Mask2Former):
             masks = state.masks[frame].to(embeddings.device)
             return list(range(len(objects))), (embeddings[objects] @ masks.flatten(1)).unflatten(1, masks.shape[1:])
 
-        chosen = Selection.best(probabilities, top or self.settings.top)
+        chosen = Selection.best(probabilities, top or self.settings.top, compat=compat)
         return render(chosen, len(state.masks), state.size, logits_at, quality="resized")

@@ -15,6 +15,7 @@ from pyvseg.errors import VideoError
 from pyvseg.video.png import MAX_PIXELS
 from pyvseg.video.types import Frame
 
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")  # of the files in a folder of videos
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -58,14 +59,17 @@ class Video:
         return replace(self, frame_count=count, frame_names=names, images=images, first_number=start)
 
 
-def open_video(source: str | Path | Iterable[np.ndarray] | Video) -> Video:
-    """Opens a video file, a folder of images (in the order of their names) or an iterable of uint8 (H, W, 3) RGB arrays.
+def open_video(source: str | Path | list[Path] | Iterable[np.ndarray] | Video) -> Video:
+    """Opens a video file, a folder of images (in the order of their names), a list of image files, or an iterable of uint8
+    (H, W, 3) RGB arrays.
 
     The first frame is decoded here, so a source without frames fails at once. A one-shot iterable can be iterated once.
     Raises VideoError.
     """
     if isinstance(source, Video):
         return source
+    if isinstance(source, list) and source and all(isinstance(path, Path) for path in source):
+        return _open_images(source, source[0].parent)
     if not isinstance(source, (str, Path)):
         return _open_arrays(source)
     path = Path(source)
@@ -105,6 +109,10 @@ def _open_folder(folder: Path) -> Video:
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
     if not files:
         raise VideoError(f"{folder}: no images in this folder; expected {', '.join(IMAGE_SUFFIXES)}")
+    return _open_images(files, folder)
+
+
+def _open_images(files: list[Path], folder: Path) -> Video:
     names = [path.stem for path in files]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

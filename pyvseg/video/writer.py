@@ -89,17 +89,37 @@ class OverlayWriter:
         self.temporary.unlink(missing_ok=True)
 
 
-def write_tracks(path: Path, video_name: str, tracks) -> None:
+def write_tracks(path: Path, video_id: int | str, tracks, categories: tuple[int | None, ...] | None = None) -> None:
     """A `VideoInstances` in the form of YouTube-VIS results, one entry per track: what the evaluation server takes.
 
-    [{"video_id": NAME, "score": 0.9, "category_id": 1, "segmentations": [{"size": [H, W], "counts": "..."}, null, ...]}, ...]
+    [{"video_id": ID, "score": 0.9, "category_id": 1, "segmentations": [{"size": [H, W], "counts": "..."}, null, ...]}, ...]
+
+    categories: the category id of each class, None for classes that are left out; by default class + 1.
     """
+    separator = "["
     with output_errors(path), open(path, "w", encoding="ascii") as out:
-        for i, (score, label, name) in enumerate(zip(tracks.scores, tracks.labels, tracks.objects)):
-            entry = {"video_id": video_name, "score": float(score), "category_id": int(label) + 1, "object_id": int(name)}
-            out.write("[" if not i else ",\n")
-            out.write(json.dumps(entry | {"segmentations": tracks.segments[int(name)]}))
-        out.write("]\n" if len(tracks) else "[]\n")
+        for track in tracks:
+            category = track.label + 1 if categories is None else categories[track.label]
+            if category is not None:
+                entry = {"video_id": video_id, "score": track.score, "category_id": category, "object_id": track.object_id}
+                out.write(separator + json.dumps(entry | {"segmentations": track.rle}))
+                separator = ",\n"
+        out.write("[]\n" if separator == "[" else "]\n")
+
+
+def join_tracks(parts: list[Path], path: Path) -> None:
+    """The entries of several files of `write_tracks` in one."""
+    temporary, separator = Path(f"{path}.part"), "["
+    with output_errors(path):
+        with open(temporary, "w", encoding="ascii") as out:
+            for part in parts:
+                with open(part, encoding="ascii") as file:
+                    for line in file:
+                        if (entry := line.strip().removeprefix("[").removesuffix("," if line.endswith(",\n") else "]")) != "":
+                            out.write(separator + entry)
+                            separator = ",\n"
+            out.write("[]\n" if separator == "[" else "]\n")
+        os.replace(temporary, path)
 
 
 class RleWriter:

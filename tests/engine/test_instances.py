@@ -2,58 +2,21 @@
 """Video instance segmentation end to end, with small networks of random weights: mechanics, no accuracy."""
 
 import json
-from dataclasses import replace
 
 import av
 import cv2
 import numpy as np
 import pytest
-import torch
 
-from pyvseg import checkpoints
 from pyvseg.cli.main import main
 from pyvseg.engine.instances import segment
 from pyvseg.engine.types import Frame
 from pyvseg.errors import VideoError
-from pyvseg.layers.backbones import ResNetSizes
 from pyvseg.models import zoo
 from pyvseg.models.categories import OVIS, YOUTUBE_VIS_2019, YOUTUBE_VIS_2021
 from pyvseg.video.rle import decode_rle
 
-SIZES = dict(
-    queries=8, backbone=ResNetSizes(18, 16, 16, 16), width=32, mask_width=32, hidden=32, heads=4, encoder_layers=1, encoder_ffn=32,
-    decoder_layers=3, ffn=32, short_side=48,
-)  # fmt: skip
-VIDEO = dict(video_queries=8, video_heads=4, video_ffn=32, video_encoder_layers=2, video_layers=1)
 NAMES = ["mask2former_video_r50_ytvis19", "minvis_r50_ytvis21", "ctvis_r50_ovis", "vita_r50_ytvis19", "genvis_r50_ytvis19_semionline"]
-
-
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """Makes a variant small; returns its weights file."""
-
-    def make(name):
-        chosen = zoo.variant(name)
-        more = VIDEO if name.startswith(("vita", "genvis")) else {"embed_hidden": 32} if name.startswith("ctvis") else {}
-        chosen = replace(chosen, settings=replace(chosen.settings, **SIZES, **more))
-        monkeypatch.setitem(zoo.ZOO, name, chosen)
-        torch.manual_seed(0)
-        path = tmp_path / f"{name}.safetensors"
-        checkpoints.write(path, zoo.SYSTEMS[chosen.system].network(chosen.settings).state_dict())
-        return path
-
-    return make
-
-
-@pytest.fixture
-def clip(tmp_path):
-    folder = tmp_path / "street"
-    folder.mkdir()
-    for t in range(5):
-        image = np.full((54, 71, 3), 90, np.uint8)
-        cv2.circle(image, (20 + 6 * t, 27), 12, (30, 200, 240), -1)
-        cv2.imwrite(str(folder / f"{t:05d}.png"), image)
-    return folder
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,7 +36,7 @@ def test_run_writes_results_masks_and_overlay(name, small, clip, tmp_path, capsy
     assert all(image.shape[:2] == (54, 71) for image in labels)
     with av.open(str(out / "overlay.mp4")) as movie:
         assert not movie.streams.audio and sum(1 for _ in movie.decode(video=0)) == 5
-    assert sorted(path.name for path in out.iterdir()) == ["masks", "overlay.mp4", "results.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "masks", "overlay.mp4", "results.json"]
     assert main(command) == 2 and "--overwrite" in capsys.readouterr().err
 
 

@@ -43,7 +43,7 @@ def test_one_video(tmp_path, video):
     masks = labels(tmp_path / "out" / "masks")
     assert list(masks) == [f"{t:05d}" for t in range(23)]
     assert all(np.array_equal(masks[f"{t:05d}"], np.roll(square(), (t + 4) // 5, 1)) for t in range(23))
-    assert (summary.frames, summary.targets[0].masks) == (23, tmp_path / "out" / "masks") and summary.fps > 0
+    assert (summary.frames, summary.targets[0].files["masks"]) == (23, tmp_path / "out" / "masks") and summary.fps > 0
     (entry,) = json.loads((tmp_path / "out" / "masks.json").read_text())
     assert entry["video_id"] == "clip" and len(entry["segmentations"]) == 23
     with av.open(str(tmp_path / "out" / "overlay.mp4")) as container:
