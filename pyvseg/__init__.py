@@ -4,15 +4,19 @@
     model = pyvseg.load("pcvos_tiny")
     for result in model.track("clip.mp4", "first_mask.png"):
         result.labels  # uint8 (H, W), object id of each pixel
+
+    model = pyvseg.load("ctvis_r50_ytvis19", weights="CTVIS_checkpoint.pth")
+    for track in model.segment("clip.mp4"):
+        track.score, track.category, track.mask(0)  # bool (H, W), None where the object is not in the frame
 """
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Stream", "__version__", "load"]
+__all__ = ["InstanceModel", "Model", "Stream", "__version__", "load"]
 
 
 def __getattr__(name: str):
     # torch takes seconds to import; `pyvseg --help` and tools that only read the version need not wait for it.
-    if name in ("Model", "Stream", "load"):
+    if name in ("InstanceModel", "Model", "Stream", "load"):
         from pyvseg import api
 
         return getattr(api, name)

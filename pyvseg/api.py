@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `import pyvseg` offers: load a model, track objects through a video or a live stream."""
+"""What `import pyvseg` offers: load a model; track objects through a video or a live stream, or find them by their class."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
+from pyvseg.engine.instances import InstanceStream, segment
 from pyvseg.engine.propagate import Propagation, propagate
 from pyvseg.engine.types import Frame, FrameResult
+from pyvseg.errors import PyvsegError
 from pyvseg.models import zoo
 from pyvseg.models.stcn import STCN
+from pyvseg.models.video_instances import VideoInstances
 from pyvseg.models.vos import DEFAULT_MEMORY_FRAMES
 from pyvseg.video import frames_with_masks, open_video, read_masks
 
@@ -65,8 +69,41 @@ class Stream:
         return result
 
 
+class InstanceModel:
+    """A loaded model for video instance segmentation; `network` is the torch module, `classes` are the names that it knows."""
+
+    def __init__(self, network: nn.Module, classes: tuple[str, ...] = ()) -> None:
+        self.network, self.classes = network, classes
+
+    def segment(self, video: str | Path | Iterable[np.ndarray], *, top: int | None = None, compat: bool = True) -> VideoInstances:
+        """Find and follow the objects of a video: a sequence of tracks with scores, classes and masks, best first.
+
+        video   a video file, a folder of images, or uint8 RGB arrays (H, W, 3)
+        top     so many tracks at most, None for the model's published number
+        compat  as published, an object makes a track for each class that it is likely to be; False: only for the likeliest
+
+        Raises VideoError for a video that cannot be used.
+        """
+        found = segment(self.network, open_video(video), top, compat)
+        found.classes = self.classes
+        return found
+
+    def stream(self, *, score_threshold: float = 0.3) -> InstanceStream:
+        """For a camera: the objects of each frame as it comes, with scores and classes as the video so far has them.
+
+        Raises PyvsegError for models that answer later: VITA, Mask2Former for video, semi-online GenVIS.
+        """
+        return InstanceStream(self.network, self.classes, score_threshold)
+
+
 def load(
     name: str = "pcvos_tiny", *, weights: str | Path | None = None, device: str | None = None, precision: str = "float32"
-) -> Model:
+) -> Model | InstanceModel:
     """A named model (`pyvseg models` lists them), ready to run; see `pyvseg.models.zoo.load` for the arguments."""
-    return Model(zoo.load(name, weights=weights, device=device, precision=precision))
+    chosen = zoo.variant(name)
+    network = zoo.load(name, weights=weights, device=device, precision=precision)
+    if chosen.task == "video instance segmentation":
+        return InstanceModel(network, chosen.classes)
+    if chosen.task != "semi-supervised":
+        raise PyvsegError(f"{name} segments single images; `pyvseg.models.zoo.load` gives its network")
+    return Model(network)

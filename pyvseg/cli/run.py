@@ -104,7 +104,7 @@ def _finds_instances(options: Run) -> bool:
 
 
 def _run_instances(options: Run, bounds: tuple[int, int | None] | None) -> None:
-    from pyvseg.engine.run_instances import InstanceModel, InstanceOptions, run_instances
+    from pyvseg.engine.run_instances import InstanceNetwork, InstanceOptions, run_instances
     from pyvseg.models import zoo
 
     if options.mask:
@@ -119,7 +119,7 @@ def _run_instances(options: Run, bounds: tuple[int, int | None] | None) -> None:
     at_once = options.at_once or (4 if network.device.type == "cuda" else 1)
     settings = {"weights": str(options.weights), "precision": options.precision, "device": str(network.device), "pyvseg": __version__}
     summary = run_instances(
-        InstanceModel(network, options.model, zoo.variant(options.model).classes, settings), options.video,
+        InstanceNetwork(network, options.model, zoo.variant(options.model).classes, settings), options.video,
         InstanceOptions(options.score_threshold, options.top_k, options.compat, options.pngs, options.overlay, at_once),
         out=options.out, overwrite=options.overwrite, resume=options.resume, frames=bounds, sequences=options.sequences,
     )  # fmt: skip

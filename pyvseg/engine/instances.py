@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Video instance segmentation: frames of one or several videos in, tracks out."""
+"""Video instance segmentation: frames of one or several videos in, tracks out; or the instances of each frame as it comes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pyvseg.engine.types import Frame
-from pyvseg.errors import VideoError
+from pyvseg.errors import PyvsegError, VideoError
 from pyvseg.models.frame_size import FrameSize
-from pyvseg.models.video_instances import VideoInstances
+from pyvseg.models.video_instances import Selection, VideoInstances
 
 _TOGETHER = 4  # frames of a video that pass through the network at a time
 
@@ -42,6 +43,12 @@ class InstanceSegmentation:
             before = "x".join(map(str, size.source[::-1]))
             raise VideoError(f"frame {frame.name}: size changes from {before} to {shape[1]}x{shape[0]}; split the video there or resize it")
         self.pending.append(frame.image)
+
+    def step(self, frame: Frame) -> None:
+        """`add`, and `advance` as often as it is due: all that a single video needs."""
+        self.add(frame)
+        if len(self.pending) == self.frames_per_step:
+            advance([self])
 
     def input(self) -> Tensor:
         """The added frames as the network takes them."""
@@ -84,10 +91,62 @@ def segment(model: nn.Module, frames: Iterable[Frame], top: int | None = None, c
     """The tracks of a whole video."""
     segmentation = InstanceSegmentation(model)
     for frame in frames:
-        segmentation.add(frame)
-        if len(segmentation.pending) == segmentation.frames_per_step:
-            advance([segmentation])
+        segmentation.step(frame)
     return segmentation.finish(top, compat)
+
+
+@dataclass
+class FrameInstances:
+    """N objects in a frame, best first.
+
+    object_ids, scores, labels   lists of N: an object keeps its id; score and class (from 0) are those of the video so far
+    categories                   names of the classes, where they are known
+    masks                        bool (N, H, W)
+    """
+
+    index: int
+    object_ids: list[int]
+    scores: list[float]
+    labels: list[int]
+    categories: list[str]
+    masks: np.ndarray
+
+
+class InstanceStream:
+    """Instances of a live video, frame by frame, with a model that works online: MinVIS, CTVIS, GenVIS of clips of one frame.
+
+    Memory is bounded however long the stream runs. Objects of a lower score than `score_threshold` are left out.
+    Raises PyvsegError for models that answer later.
+    """
+
+    def __init__(self, model: nn.Module, classes: tuple[str, ...] = (), score_threshold: float = 0.3) -> None:
+        clip_length = getattr(model.settings, "clip_length", 1)
+        if not hasattr(model, "forget") or clip_length != 1:
+            when = f"answers every {clip_length} frames" if clip_length != 1 else "needs the whole video before it answers"
+            raise PyvsegError(f"this {type(model).__name__} {when}; for a stream take MinVIS, CTVIS or GenVIS online")
+        self.segmentation = InstanceSegmentation(model)
+        self.classes, self.score_threshold, self.frames = classes, score_threshold, 0
+
+    @torch.inference_mode()
+    def step(self, image: np.ndarray) -> FrameInstances:
+        """The next frame, uint8 RGB (H, W, 3). Raises VideoError when it has another size than the first."""
+        self.segmentation.add(Frame(self.frames, image, f"{self.frames:05d}"))
+        advance([self.segmentation])
+        model, state = self.segmentation.model, self.segmentation.state
+        probabilities, names = model.probabilities(state)
+        best = Selection.best(probabilities, len(names), names, compat=False)
+        rows = [i for i, score in enumerate(best.scores.tolist()) if score >= self.score_threshold]
+        objects = best.objects[rows].tolist()
+        present, logits = state.masks.get(0, objects)
+        masks = [state.size.to_source(state.size.upsample(plane[None, None]))[0, 0] > 0 for plane in logits]
+        shown = [(rows[i], mask.numpy()) for i, mask in zip(present, masks) if mask.any()]
+        model.forget(state)
+        self.frames += 1
+        labels = [int(best.labels[row]) for row, _ in shown]
+        categories = [self.classes[label] if label < len(self.classes) else "" for label in labels]
+        full = np.stack([mask for _, mask in shown]) if shown else np.zeros((0, *state.size.source), bool)
+        scores = [float(best.scores[row]) for row, _ in shown]
+        return FrameInstances(self.frames - 1, [int(best.objects[row]) for row, _ in shown], scores, labels, categories, full)
 
 
 def _rows(features: Any, start: int, stop: int) -> Any:

@@ -30,7 +30,7 @@ from pyvseg.video.writer import OverlayWriter, PngWriter, join_tracks, write_tra
 
 
 @dataclass(frozen=True)
-class InstanceModel:
+class InstanceNetwork:
     """A model, and what its results depend on besides the video."""
 
     network: nn.Module
@@ -76,7 +76,7 @@ class InstanceSummary:
 
 
 def run_instances(
-    model: InstanceModel,
+    model: InstanceNetwork,
     source,
     options: InstanceOptions = InstanceOptions(),
     *,
@@ -124,7 +124,7 @@ def _targets(out: Path, name: str) -> Targets:
 class _Run:
     """What all videos of a run have in common."""
 
-    model: InstanceModel
+    model: InstanceNetwork
     options: InstanceOptions
     summary: InstanceSummary
     stop: Event

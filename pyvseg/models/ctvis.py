@@ -74,6 +74,12 @@ class CTVIS(Mask2Former):
         means = torch.stack([r.mean_logits for r in records]) if records else torch.zeros(0, self.settings.classes + 1)
         return means.softmax(-1)[:, :-1], [record.key for record in records]
 
+    def forget(self, state: CTVISState) -> None:
+        """Drops what only the result of the whole video needs, for streams without end."""
+        state.masks = MaskStore()
+        tracker = state.tracker
+        tracker.records = {name: record for name, record in tracker.records.items() if name in tracker.bank}  # the dead never return
+
     def finish(self, state: CTVISState, top: int | None = None, compat: bool = True) -> VideoInstances:
         """The tracks of the video so far, by default as many as there are classes, as published."""
         probabilities, names = self.probabilities(state)

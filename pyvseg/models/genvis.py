@@ -133,6 +133,10 @@ class GenVIS(VITA):
         """Of the classes for every query (cQ, K), the best of all clips, and the queries."""
         return state.probabilities, list(range(len(state.probabilities)))
 
+    def forget(self, state: GenVISState) -> None:
+        """Drops what only the result of the whole video needs, for streams without end."""
+        state.masks = MaskStore()
+
     def finish(self, state: GenVISState, top: int | None = None, compat: bool = True) -> VideoInstances:
         """The tracks of the video so far."""
         probabilities, names = self.probabilities(state)

@@ -61,6 +61,10 @@ class MinVIS(Mask2Former):
         """Of the classes for every slot (Q, K), and the slots. A slot's class is that of its mean logits."""
         return (state.logits / state.frames).softmax(-1)[:, :-1], list(range(len(state.logits)))
 
+    def forget(self, state: MinVISState) -> None:
+        """Drops what only the result of the whole video needs, for streams without end."""
+        state.masks = MaskStore()
+
     def finish(self, state: MinVISState, top: int | None = None, compat: bool = True) -> VideoInstances:
         """The tracks of the video so far."""
         probabilities, names = self.probabilities(state)

@@ -12,7 +12,7 @@ import pytest
 from pyvseg.engine import run_instances as engine
 from pyvseg.engine.instances import InstanceSegmentation, advance, segment
 from pyvseg.engine.output import Interrupted
-from pyvseg.engine.run_instances import InstanceModel, InstanceOptions, run_instances
+from pyvseg.engine.run_instances import InstanceNetwork, InstanceOptions, run_instances
 from pyvseg.engine.types import Frame
 from pyvseg.errors import OutputError, PyvsegError, VideoError
 from pyvseg.models import zoo
@@ -26,7 +26,7 @@ LENGTHS = {"a": 7, "b": 3, "c": 11}
 @pytest.fixture
 def ready(small):
     def make(name):
-        return InstanceModel(zoo.load(name, weights=small(name)), name, zoo.variant(name).classes, {"weights": "small"})
+        return InstanceNetwork(zoo.load(name, weights=small(name)), name, zoo.variant(name).classes, {"weights": "small"})
 
     return make
 
