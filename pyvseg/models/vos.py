@@ -58,8 +58,19 @@ class Geometry:
         p = probabilities[:, top : top + self.resized[0], left : left + self.resized[1]]
         if self.resized != self.source:
             p = F.interpolate(p[None], self.source, mode="bilinear", align_corners=False)[0]
+        if p.device.type == "cpu":
+            return _most_probable(p.numpy(), ids)
         table = torch.tensor([0, *ids], dtype=torch.uint8, device=p.device)
         return table[p.argmax(0)].cpu().numpy()
+
+
+def _most_probable(probabilities: np.ndarray, ids: list[int]) -> np.ndarray:
+    """What argmax over the first axis says, plane by plane: PyTorch's own, across planes, takes a quarter of a whole frame's time."""
+    best, labels = probabilities[0], np.zeros(probabilities.shape[1:], np.uint8)
+    for i, plane in zip(ids, probabilities[1:]):
+        labels[plane > best] = i
+        best = np.maximum(best, plane)
+    return labels
 
 
 @dataclass
