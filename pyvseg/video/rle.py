@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """COCO run-length encoding: column-major runs, the first of zeros."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pyvseg.errors import VideoError
@@ -32,34 +34,57 @@ def decode_rle(rle: dict, size: tuple[int, int], name: str) -> np.ndarray:
     Decoded here and not by pycocotools, whose decoder trusts the runs and writes past the image when they are too long.
     Raises VideoError.
     """
-    if list(rle.get("size", ())) != list(size):
-        raise VideoError(f"{name}: RLE size {rle.get('size')} (height, width) is not the video's {list(size)}; masks must have the video's size")
-    counts = rle.get("counts")
+    runs, _ = decode_runs([rle], size, name)
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size, order="F")
+
+
+def decode_runs(rles: Sequence[dict], size: tuple[int, int], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The runs of many RLEs without their pixels: all runs one after the other, int64, and how many belong to each RLE.
+
+    The runs of each RLE alternate, zeros first, and add up to `size` (H, W). Raises VideoError.
+    """
+    for rle in rles:
+        if list(rle.get("size", ())) != list(size):
+            raise VideoError(f"{name}: RLE size {rle.get('size')} (height, width) is not the video's {list(size)}; masks must have the video's size")
     try:
-        runs = np.array(_runs(counts) if isinstance(counts, (str, bytes)) else counts, np.int64)
-        valid = runs.ndim == 1 and (runs >= 0).all() and runs.sum() == size[0] * size[1]
+        runs, lengths = _runs([rle.get("counts") for rle in rles])
+        sums = np.add.reduceat(runs, np.cumsum(lengths) - lengths) if len(rles) else runs
+        valid = (lengths > 0).all() and (runs >= 0).all() and (sums == size[0] * size[1]).all()
     except (TypeError, ValueError, OverflowError, IndexError):
         valid = False
     if not valid:
         raise VideoError(f"{name}: RLE counts are damaged: they do not add up to {size[0]} x {size[1]} pixels")
-    values = np.arange(len(runs)) % 2 == 1
-    return np.repeat(values, runs).reshape(size, order="F")
+    return runs, lengths
 
 
-def _runs(counts: str | bytes) -> list[int]:
+def _runs(counts: list) -> tuple[np.ndarray, np.ndarray]:
+    """Runs and their number by RLE, compressed or not. Raises ValueError and its like."""
+    if all(isinstance(each, (str, bytes)) for each in counts):
+        return _decompress([each.encode("ascii") if isinstance(each, str) else each for each in counts])
+    parts = [_runs([each])[0] if isinstance(each, (str, bytes)) else np.array(each, np.int64) for each in counts]
+    return np.concatenate(parts), np.array([part.size for part in parts])
+
+
+def _decompress(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """COCO's string: 5 bits per character, low bits first, sign-extended; from the third run on, the difference to the run before the last."""
-    text = counts.encode("ascii") if isinstance(counts, str) else counts
-    runs, position = [], 0
-    while position < len(text):
-        value = shift = 0
-        while True:
-            code = text[position] - 48
-            position += 1
-            value |= (code & 0x1F) << shift
-            shift += 5
-            if not code & 0x20:
-                break
-        if code & 0x10:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-    return runs
+    code = np.frombuffer(b"".join(texts), np.uint8).astype(np.int64) - 48
+    last = code & 0x20 == 0  # character of its number
+    ends = np.flatnonzero(last)
+    text_ends = np.cumsum([len(text) for text in texts])
+    first = np.concatenate(([0], ends[:-1] + 1))[: len(ends)]
+    width = 5 * (ends + 1 - first)
+    if ((code < 0) | (code > 63)).any() or not all(map(len, texts)) or not last[text_ends - 1].all() or (width > 35).any():
+        raise ValueError("not COCO's string")
+    if not len(ends):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    shift = 5 * (np.arange(len(code)) - np.repeat(first, width // 5))
+    runs = np.add.reduceat((code & 0x1F) << shift, first)
+    runs -= np.where(code[ends] & 0x10, 1 << width, 0)
+    numbers = np.diff(np.searchsorted(ends, text_ends), prepend=0)
+    place = np.arange(len(runs)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+    for chain in ((place % 2 == 1), (place % 2 == 0) & (place > 0)):  # a run adds to the one before the last; run 2 begins anew
+        value, begins = runs[chain], place[chain] <= 2
+        total = np.cumsum(value)
+        before = (total - value)[begins]
+        runs[chain] = total - np.repeat(before, np.diff(np.flatnonzero(begins), append=len(value)))
+    return runs, numbers
