@@ -22,12 +22,14 @@ class Eval:
     --protocol says whose evaluation it is, and with it what RESULTS (PATH) and DATA (--gt) hold:
 
         davis        J, F and J&F of label PNGs, RESULTS/SEQUENCE/FRAME.png, or of the OUT of `pyvseg run`; DATA/Annotations
+        youtube-vis  AP and AR of the results.json in an OUT of `pyvseg run`, or in several; DATA: JSON of YouTube-VIS or OVIS
         vipseg       VPQ and STQ of RESULTS/pred.json with RESULTS/pan_pred/VIDEO/FRAME.png; DATA/panomasksRGB and its JSON
         kitti-step   VPQ and STQ of RESULTS/SEQUENCE/FRAME.png in KITTI-STEP's form; DATA/panoptic_maps
 
     For example
 
         pyvseg eval results --gt DAVIS --image-set 2017/val
+        pyvseg eval results --gt YouTubeVIS/valid.json --protocol youtube-vis
         pyvseg eval results --gt VIPSeg_720P --protocol vipseg --json scores.json
 
     davis: the first frame (given) and the last are not scored, an object is scored from the first annotation on, and totals are
@@ -67,6 +69,8 @@ def eval(options: Eval) -> None:
 
 
 def _looks_like(gt: Path) -> Protocol | None:
+    if gt.suffix == ".json":
+        return "youtube-vis"
     if (gt / "Annotations").is_dir():
         return "davis"
     if (gt / "panoptic_maps").is_dir():

@@ -29,7 +29,7 @@ class YouTubeVIS:
 
     def __init__(self, path: str | Path) -> None:
         """path: the JSON, or a folder with a single JSON in it or in its `annotations`."""
-        self.path = path = _document(Path(path))
+        self.path = path = annotation_file(Path(path))
         try:
             document = json.loads(path.read_bytes())
             names = {int(c["id"]): str(c["name"]) for c in document["categories"]}
@@ -70,7 +70,8 @@ def find_document(folder: Path) -> list[Path]:
     return [path for path in found if path.name != "meta.json"]  # that is YouTube-VOS
 
 
-def _document(path: Path) -> Path:
+def annotation_file(path: Path) -> Path:
+    """The JSON itself, or the only one in a folder or its `annotations`. Raises PyvsegError."""
     if path.suffix == ".json":
         return path
     found = find_document(path)

@@ -43,12 +43,14 @@ def decode_runs(rles: Sequence[dict], size: tuple[int, int], name: str) -> tuple
 
     The runs of each RLE alternate, zeros first, and add up to `size` (H, W). Raises VideoError.
     """
+    if not len(rles):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
     for rle in rles:
-        if list(rle.get("size", ())) != list(size):
+        if rle.get("size") not in (list(size), tuple(size)):
             raise VideoError(f"{name}: RLE size {rle.get('size')} (height, width) is not the video's {list(size)}; masks must have the video's size")
     try:
         runs, lengths = _runs([rle.get("counts") for rle in rles])
-        sums = np.add.reduceat(runs, np.cumsum(lengths) - lengths) if len(rles) else runs
+        sums = np.add.reduceat(runs, np.cumsum(lengths) - lengths)
         valid = (lengths > 0).all() and (runs >= 0).all() and (sums == size[0] * size[1]).all()
     except (TypeError, ValueError, OverflowError, IndexError):
         valid = False
@@ -71,12 +73,10 @@ def _decompress(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     last = code & 0x20 == 0  # character of its number
     ends = np.flatnonzero(last)
     text_ends = np.cumsum([len(text) for text in texts])
-    first = np.concatenate(([0], ends[:-1] + 1))[: len(ends)]
+    first = np.concatenate(([0], ends[:-1] + 1))
     width = 5 * (ends + 1 - first)
     if ((code < 0) | (code > 63)).any() or not all(map(len, texts)) or not last[text_ends - 1].all() or (width > 35).any():
         raise ValueError("not COCO's string")
-    if not len(ends):
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
     shift = 5 * (np.arange(len(code)) - np.repeat(first, width // 5))
     runs = np.add.reduceat((code & 0x1F) << shift, first)
     runs -= np.where(code[ends] & 0x10, 1 << width, 0)

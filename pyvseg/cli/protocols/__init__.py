@@ -10,9 +10,9 @@ import importlib
 from collections.abc import Callable
 from typing import Literal
 
-Protocol = Literal["davis", "vipseg", "kitti-step"]
+Protocol = Literal["davis", "vipseg", "kitti-step", "youtube-vis"]
 
-_MODULES = {"davis": "davis", "vipseg": "panoptic", "kitti-step": "panoptic"}
+_MODULES = {"davis": "davis", "vipseg": "panoptic", "kitti-step": "panoptic", "youtube-vis": "instances"}
 
 
 def evaluation(protocol: str) -> Callable:

@@ -14,6 +14,7 @@ A new system adds one file here and one row below.
 from pyvseg.verify.adapters import (
     ctvis,
     mask2former,
+    metrics_vis_vss,
     metrics_vos,
     metrics_vps,
     minvis,
@@ -34,6 +35,7 @@ ADAPTERS = {
     "mask2former-video": minvis.run_joint,
     "metrics-vos": metrics_vos.run,
     "metrics-vps": metrics_vps.run,
+    "metrics_vis_vss_vod": metrics_vis_vss.run,  # so say the cases metrics-ytvis and metrics-vspw
     "minvis": minvis.run,
     "ops-kernel_update": ops_kernel_update.run,
     "ops-kmeans_cross_attention": ops_kmeans_cross_attention.run,
