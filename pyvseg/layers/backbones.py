@@ -10,7 +10,7 @@ from torch import nn
 from pyvseg.layers.resnet import BasicBlock, Bottleneck, FrozenBatchNorm2d, ResNet
 from pyvseg.layers.swin import Swin
 
-_RESNETS = {
+RESNETS = {
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
     50: (Bottleneck, (3, 4, 6, 3)),
@@ -29,7 +29,7 @@ class ResNetSizes:
     width: int = 64
 
     def build(self) -> nn.Module:
-        block, blocks = _RESNETS[self.depth]
+        block, blocks = RESNETS[self.depth]
         return ResNet(blocks, block, width=self.width, stem=self.stem, outputs=self.outputs, norm=FrozenBatchNorm2d)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from pyvseg.layers.conv import fast_conv3x3
 
@@ -29,22 +29,21 @@ class Linear(nn.Module):
 
 
 def fold_batch_norms(root: nn.Module) -> None:
-    """Fold every batch norm of `root`, in evaluation mode, into the convolution before it, in place.
+    """Fold every batch norm of `root`, in evaluation mode, into the convolution or linear layer before it, in place.
 
-    A pair is recognised by name (`conv1`/`bn1`, `conv`/`bn`, ...) or by being neighbours in a `Sequential`.
+    A pair is recognised by name (`conv1`/`bn1`, `conv`/`bn`, ...) or by being neighbours in a `Sequential`; norms of other names stay.
     """
     for module in root.modules():
         children = dict(module.named_children())
         names = list(children)
         for i, name in enumerate(names):
             norm = children[name]
-            if not isinstance(norm, nn.BatchNorm2d):
+            if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or (name.isidentifier() and not name.startswith("bn")):
                 continue
             before = names[i - 1] if isinstance(module, nn.Sequential) else name.replace("bn", "conv")
             conv = children[before]
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
+            fuse = fuse_linear_bn_weights if isinstance(conv, nn.Linear) else fuse_conv_bn_weights
+            conv.weight, conv.bias = fuse(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
             setattr(module, name, nn.Identity())
 
 

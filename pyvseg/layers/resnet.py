@@ -76,6 +76,7 @@ class ResNet(nn.Module):
     stem       channels of the stem, None: `width`
     outputs    channels of the first stage's map, None: `width * block.expansion`; stage i has `outputs * 2**i`
     norm       `nn.BatchNorm2d` or `FrozenBatchNorm2d`
+    first_stride   of the first stage
 
     forward takes (B, inputs, H, W) and returns one feature map per stage, at strides 4, 8, 16, ...
     """
@@ -91,6 +92,7 @@ class ResNet(nn.Module):
         stem: int | None = None,
         outputs: int | None = None,
         norm: type[nn.Module] = nn.BatchNorm2d,
+        first_stride: int = 1,
     ) -> None:
         super().__init__()
         before, outputs = stem or width, outputs or width * block.expansion
@@ -99,13 +101,16 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         self.channels = tuple(outputs * 2**i for i in range(len(blocks)))
         for i, (count, after) in enumerate(zip(blocks, self.channels)):
-            strides = [2 if i and not j else 1 for j in range(count)]
+            strides = [1 if j else 2 if i else first_stride for j in range(count)]
             stage = [block(after if j else before, width * 2**i, after, stride, bias, norm) for j, stride in enumerate(strides)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
             before = after
 
+    def stem(self, x: Tensor) -> Tensor:
+        return self.maxpool(self.bn1(self.conv1(x)).relu_())
+
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = self.maxpool(self.bn1(self.conv1(x)).relu_())
+        x = self.stem(x)
         features = []
         for i in range(len(self.channels)):
             x = getattr(self, f"layer{i + 1}")(x)

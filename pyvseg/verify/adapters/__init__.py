@@ -13,6 +13,7 @@ A new system adds one file here and one row below.
 
 from pyvseg.verify.adapters import (
     ctvis,
+    kmax,
     mask2former,
     metrics_vis_vss,
     metrics_vos,
@@ -24,6 +25,7 @@ from pyvseg.verify.adapters import (
     ops_ms_deform_attn,
     pcvos,
     stcn,
+    video_kmax,
     vita,
 )
 from pyvseg.verify.adapters.not_covered import NotCovered
@@ -31,6 +33,7 @@ from pyvseg.verify.adapters.not_covered import NotCovered
 ADAPTERS = {
     "ctvis": ctvis.run,
     "genvis": vita.run_genvis,
+    "kmax": kmax.run,
     "mask2former": mask2former.run,
     "mask2former-video": minvis.run_joint,
     "metrics-vos": metrics_vos.run,
@@ -43,6 +46,7 @@ ADAPTERS = {
     "ops": ops_ms_deform_attn.run,  # so says the case ops-ms_deform_attn
     "pcvos": pcvos.run,
     "stcn": stcn.run,
+    "video_kmax": video_kmax.run,
     "vita": vita.run_vita,
 }
 

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Video-kMaX (Shin et al., WACV 2024): kMaX-DeepLab on clips, whose segments are linked from clip to clip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from pyvseg.layers.kmax_backbones import DEEPLAB2_RESNET50, ConvNeXtSizes, ResNetSizes
+from pyvseg.layers.kmax_decoder import FramePixels
+from pyvseg.models.kmax import KMaX, KMaXSettings
+from pyvseg.models.kmax_panoptic import ClipPanoptic, PanopticSettings, panoptic_clip
+from pyvseg.models.kmax_size import KMaXSize
+from pyvseg.models.panoptic_linking import Linked, LinkSettings, LinkState, link
+
+
+@dataclass(frozen=True)
+class VideoKMaXSettings(KMaXSettings):
+    """clip_length   frames that share their queries; with 1 (online) only the memory links them, else clips overlap by a frame"""
+
+    classes: int = 124
+    backbone: ResNetSizes | ConvNeXtSizes = DEEPLAB2_RESNET50
+    image_size: tuple[int, int] = (897, 1601)
+    clip_length: int = 2
+    panoptic: PanopticSettings = PanopticSettings()
+    linking: LinkSettings = LinkSettings()
+
+
+class PanopticFrame(NamedTuple):
+    """One frame of the result.
+
+    values     (H, W) int32: category * divisor + id, 0 = void
+    segments   (value, category, is_thing) of each segment in the frame, by rising value
+    """
+
+    index: int
+    values: np.ndarray
+    segments: list[tuple[int, int, bool]]
+
+
+@dataclass
+class VideoKMaXState:
+    """What a video's later frames depend on; of bounded size.
+
+    start     first frame of the next clip
+    pixels    of the frames from there on
+    written   frames whose result is out
+    """
+
+    size: KMaXSize
+    start: int = 0
+    written: int = 0
+    pixels: list[FramePixels] = field(default_factory=list)
+    links: LinkState = field(default_factory=LinkState)
+
+
+class VideoKMaX(KMaX):
+    def __init__(self, settings: VideoKMaXSettings) -> None:
+        super().__init__(settings)
+        self.things = frozenset(settings.things)
+
+    def new_state(self, height: int, width: int) -> VideoKMaXState:
+        """For a video of that size."""
+        return VideoKMaXState(KMaXSize.fit((height, width), self.settings.image_size))
+
+    def input(self, images: np.ndarray, state: VideoKMaXState) -> Tensor:
+        """uint8 RGB (T, H, W, 3) -> the network's input."""
+        return state.size.input(images, self.settings.mean, self.settings.std, self.device)
+
+    def step(self, frames: list[FramePixels], state: VideoKMaXState, *, last: bool = False) -> list[PanopticFrame]:
+        """Takes the video's next frames, encoded; returns the results that they complete, in order. `last`: no more will come."""
+        state.pixels += frames
+        total, results = state.start + len(state.pixels), []
+        while state.written < total and (last or len(state.pixels) >= self.settings.clip_length):
+            results += self._clip(state, total)
+        return results
+
+    def _clip(self, state: VideoKMaXState, total: int) -> list[PanopticFrame]:
+        """The next clip; behind the end of the video its last frame stands still."""
+        length = self.settings.clip_length
+        pixels = state.pixels[:length] + state.pixels[-1:] * (length - len(state.pixels))
+        clip = self.segment_clip(pixels, state)
+        linked = self.link(clip, state)
+        offset = state.written - state.start
+        # Published: with two frames every other clip is there for linking only. Longer clips, which the published code cannot
+        # write, give all that is new in them.
+        offsets = range(0) if length == 2 and offset else range(offset, min(length, total - state.start))
+        results = [self._frame(state.start + t, clip, linked, t) for t in offsets]
+        state.written += len(results)
+        advance = max(length - 1, 1)
+        state.start, state.pixels = state.start + advance, state.pixels[advance:]
+        return results
+
+    def segment_clip(self, pixels: list[FramePixels], state: VideoKMaXState) -> ClipPanoptic:
+        prediction, _ = self.decoder(pixels)
+        return panoptic_clip(prediction, 0, self.things, state.size, self.settings.panoptic)
+
+    def link(self, clip: ClipPanoptic, state: VideoKMaXState) -> Linked:
+        return link(clip, state.start, self.settings.clip_length > 1, state.links, self.settings.linking)
+
+    def _frame(self, index: int, clip: ClipPanoptic, linked: Linked, t: int) -> PanopticFrame:
+        labels = clip.labels[t]
+        present = np.flatnonzero(np.bincount(labels.ravel(), minlength=len(linked.values)))
+        found = {int(linked.values[s]): clip.segments[s - 1] for s in present if s}
+        return PanopticFrame(index, linked.values[labels], [(v, found[v].category, found[v].is_thing) for v in sorted(found)])

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Video-kMaX around its network: clips of any length, linking, panoptic results."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from pyvseg.errors import PyvsegError
+from pyvseg.models.kmax_panoptic import ClipPanoptic, ClipSegment, PanopticSettings, boxes_of
+from pyvseg.models.panoptic_linking import LinkSettings, LinkState, link
+from pyvseg.models.video_kmax import VideoKMaX, VideoKMaXSettings
+from tests.models.test_kmax import SMALL, small
+
+ONLINE = LinkSettings(confidence=0.5)
+
+
+def video_model(length):
+    model = VideoKMaX(VideoKMaXSettings(**vars(SMALL), clip_length=length, panoptic=PanopticSettings(0.1, 0.11), linking=ONLINE))
+    model.load_state_dict(small().state_dict())
+    with torch.no_grad():
+        model.decoder.predictor.mask_norm.weight.fill_(8)
+    return model.eval()
+
+
+def frames(count):
+    ramp = np.arange(60 * 80 * 3).reshape(60, 80, 3)
+    return [((ramp * (7 + i % 3)) // 50 % 256).astype(np.uint8) for i in range(count)]
+
+
+@torch.inference_mode()
+def play(model, images, together, pickled=False):
+    state = model.new_state(60, 80)
+    shown = []
+    for start in range(0, len(images), together):
+        x = model.input(np.stack(images[start : start + together]), state)
+        shown += model.step(model.encode(x).split(), state)
+        if pickled:
+            state = pickle.loads(pickle.dumps(state))
+    return shown + model.step([], state, last=True), state
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+def test_every_frame_comes_once_whatever_the_clip_length(length, count):
+    model = video_model(length)
+    shown, state = play(model, frames(count), 2)
+    assert [frame.index for frame in shown] == list(range(count))
+    assert all(frame.values.shape == (60, 80) and frame.values.dtype == np.int32 for frame in shown)
+    assert any(frame.segments for frame in shown)
+    for frame in shown:
+        assert set(np.unique(frame.values)) - {0} == {value for value, _, _ in frame.segments}
+        assert all(value // 10000 == category and thing == (category in SMALL.things) for value, category, thing in frame.segments)
+    assert len(state.pixels) < max(length, 2)
+
+
+def test_a_pickled_state_goes_on():
+    model = video_model(2)
+    (one, _), (other, _) = (play(model, frames(5), 1, pickled=p) for p in (True, False))
+    assert all(np.array_equal(a.values, b.values) for a, b in zip(one, other))
+
+
+def clip(*segments, frames=1, size=(6, 20)):
+    """Segments (category, is_thing, columns by frame, feature); None: not in that frame."""
+    labels = np.zeros((frames, *size), np.uint8)
+    for i, (_, _, columns, _) in enumerate(segments, 1):
+        for t, part in enumerate(columns):
+            if part is not None:
+                labels[t, :, part] = i
+    boxes = boxes_of(labels, len(segments))
+    rows = [ClipSegment(c, thing, 1.0, torch.tensor(feature), box) for (c, thing, _, feature), box in zip(segments, boxes)]
+    return ClipPanoptic(labels, rows)
+
+
+LEFT, MIDDLE, RIGHT = slice(0, 5), slice(8, 12), slice(15, 20)
+RED, BLUE = (1.0, 0.0), (0.0, 1.0)
+
+
+def test_the_shared_frame_links_and_a_category_that_changed_does_not():
+    state = LinkState()
+    first = link(clip((3, True, [LEFT, MIDDLE], RED), (4, True, [RIGHT, RIGHT], BLUE), frames=2), 0, True, state, LinkSettings())
+    second = link(clip((5, True, [RIGHT, RIGHT], BLUE), (3, True, [MIDDLE, LEFT], RED), frames=2), 1, True, state, LinkSettings())
+    assert first.values.tolist() == [0, 30001, 40002]
+    assert second.values[2] == 30001 and second.values[1] == 50003
+    assert second.matched == [(2, 30001)] and second.unmatched == [(1, 50003)]
+
+
+def test_the_memory_brings_back_what_was_gone():
+    state = LinkState()
+    for start in range(3):
+        link(clip((1, True, [LEFT], RED)) if start == 0 else clip((7, False, [RIGHT], BLUE)), start, False, state, ONLINE)
+    back = link(clip((1, True, [LEFT], RED), (2, True, [RIGHT], RED)), 3, False, state, ONLINE)
+    assert back.values.tolist() == [0, 10001, back.values[2]] and back.values[2] // 10000 == 2
+    without = LinkState()
+    link(clip((1, True, [LEFT], RED)), 0, False, without, LinkSettings(memory=False))
+    assert link(clip((1, True, [LEFT], RED)), 1, False, without, LinkSettings(memory=False)).values[1] == 10002 and not without.memory
+
+
+def test_the_memory_forgets():
+    state = LinkState()
+    link(clip((1, True, [LEFT], RED)), 0, False, state, ONLINE)
+    for start in range(1, 12):
+        assert (10001 in state.memory) == (start <= 11)
+        link(clip((7, False, [RIGHT], BLUE)), start, False, state, ONLINE)
+    assert not state.memory
+
+
+def test_stuff_keeps_its_value_of_the_video():
+    state = LinkState()
+    first = link(clip((7, False, [LEFT], RED)), 0, False, state, ONLINE)
+    later = link(clip((1, True, [LEFT], RED), (7, False, [RIGHT], RED)), 1, False, state, ONLINE)
+    assert later.values[2] == first.values[1] == 70001 != later.tracked[2]
+
+
+def test_ids_return_in_endless_video():
+    state, rules = LinkState(), LinkSettings(confidence=0.5, buffer=0, divisor=8)
+    seen = []
+    for start in range(30):
+        colour = torch.randn(2, generator=torch.Generator().manual_seed(start)).tolist()
+        seen.append(link(clip((1, True, [LEFT], colour), (2, False, [RIGHT], RED)), start, False, state, rules).tracked.tolist())
+    assert all(v // 8 == 1 and 1 <= v % 8 <= 7 for _, v, _ in seen) and all(v // 8 == 2 for _, _, v in seen)
+    assert all(a % 8 != b % 8 for _, a, b in seen)
+    many = clip(*((1, True, [slice(i, i + 1)], RED) for i in range(9)))
+    with pytest.raises(PyvsegError, match="room for 7 ids"):
+        link(many, 30, False, state, rules)
