@@ -17,7 +17,7 @@ help:
 	@echo "make test      run the whole test suite; make test ARGS='tests/ops -x' runs a part"
 	@echo "make install   only set up $(VENV): PyTorch, pyvseg with its compiled kernels, tools for tests"
 	@echo "make build     compile the kernels again after a change in csrc/"
-	@echo "make sanitize  run the fuzz of the ops under AddressSanitizer and UBSan, in a build of its own"
+	@echo "make sanitize  run the fuzz of the ops and the CUDA kernels under AddressSanitizer and UBSan, in a build of its own"
 	@echo "make clean     remove what was built; make distclean removes $(VENV) too"
 	@echo
 	@echo "TORCH='$(TORCH)' is what pip installs as PyTorch; PYTHON=$(PYTHON) makes $(VENV)"

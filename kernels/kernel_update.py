@@ -10,7 +10,6 @@ from torch import Tensor
 
 _WIDEN = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter would multiply the bits of bfloat16 numbers
 _INFINITY = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 _PARTS = 7  # of a row of `state`: pooled in, pooled out, kernel in, kernel out, input gate, update gate, last linear
 
 
@@ -25,7 +24,7 @@ def _add_selected(total, on, x, WIDEN: tl.constexpr):
         nan = tl.dot(on, (x != x).to(x.dtype))
         high = tl.dot(on, (x == _INFINITY).to(x.dtype))
         low = tl.dot(on, (x == -_INFINITY).to(x.dtype))
-        total += tl.where(nan > 0, _NAN, 0.0) + (tl.where(high > 0, _INFINITY, 0.0) + tl.where(low > 0, -_INFINITY, 0.0))
+        total += tl.where(nan > 0, float("nan"), 0.0) + (tl.where(high > 0, _INFINITY, 0.0) + tl.where(low > 0, -_INFINITY, 0.0))
     return total
 
 

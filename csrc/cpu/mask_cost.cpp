@@ -198,6 +198,7 @@ void add_slices(const double* parts, int64_t slices, int64_t n, float* out) {
 // sum sigmoid.t (N, M), sum BCE with logits (N, M), sum sigmoid (N), sum t (M)
 std::tuple<Tensor, Tensor, Tensor, Tensor> mask_cost(const Tensor& logits, const Tensor& targets) {
   STD_TORCH_CHECK(logits.dim() == 2 && targets.dim() == 2 && logits.size(1) == targets.size(1), "mask_cost: need (N, P) and (M, P)");
+  number_of(logits);  // not bytes, as targets may be
   const Tensor x = rows_contiguous(logits), t = rows_contiguous(targets);
   const int64_t N = x.size(0), M = t.size(0), P = x.size(1), slice = slice_of(P), slices = (P + slice - 1) / slice;
   const int64_t group = group_of(N, M, slices), groups = std::max<int64_t>(1, (N + group - 1) / group);

@@ -120,6 +120,7 @@ using mask_cost::rows_of;
 Tensor mask_cost_backward(const Tensor& overlap, const Tensor& entropy, const Tensor& prob, const Tensor& logits, const Tensor& targets) {
   STD_TORCH_CHECK(logits.dim() == 2 && targets.dim() == 2 && logits.size(1) == targets.size(1),
                   "mask_cost_backward: need (N, P) and (M, P)");
+  number_of(logits);  // not bytes, as targets may be
   const Tensor x = rows_contiguous(logits), t = rows_contiguous(targets);
   const Tensor go = torch::stable::contiguous(overlap), ge = torch::stable::contiguous(entropy), gp = torch::stable::contiguous(prob);
   const int64_t N = x.size(0), M = t.size(0), P = x.size(1);

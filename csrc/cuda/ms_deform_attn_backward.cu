@@ -172,7 +172,7 @@ __device__ void differentiate(const Problem<Value, Geometry>& p, const Value* gr
     for (int point = 0; point < p.P; point += kGroup) {
       const bool owns = live && point + lane < p.P;
       const int64_t s = first + level * p.P + point + lane;
-      const auto sample = [&] { return sample_at<Fused>(p, query, level, s, peak, total); };
+      const auto sample = [&, query = query] { return sample_at<Fused>(p, query, level, s, peak, total); };
       const Window own = owns ? sample().window : Window{};
       float mine[4] = {};
 #pragma unroll 1

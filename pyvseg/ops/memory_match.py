@@ -167,11 +167,13 @@ def _check(embeddings, memory, metric, labels, memory_labels, locations, memory_
     if (labels is None) != (memory_labels is None) or (locations is None) != (memory_locations is None):
         raise ValueError("labels and memory_labels go together, and so do locations and memory_locations")
     for name, tensor, rows in (("labels", labels, N), ("memory_labels", memory_labels, M)):
-        if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
-            raise TypeError(f"{name} must be integers, got {tensor.dtype}")
+        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.is_complex()):
+            raise TypeError(f"{name} must be a tensor of integers, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
         if tensor is not None and tensor.shape != (*batch, rows):
             raise ValueError(f"{name} must be {(*batch, rows)}, got shape {tuple(tensor.shape)}")
     for name, tensor, rows in (("locations", locations, N), ("memory_locations", memory_locations, M)):
+        if tensor is not None and (not isinstance(tensor, Tensor) or not tensor.is_floating_point()):
+            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
         if tensor is not None and (tensor.shape[:-1] != (*batch, rows) or tensor.shape[-1:] != locations.shape[-1:]):
             raise ValueError(f"{name} must be {(*batch, rows, 'D')}, got shape {tuple(tensor.shape)}")
     for name, tensor in (("memory", memory), ("labels", labels), ("memory_labels", memory_labels),

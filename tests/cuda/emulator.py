@@ -44,11 +44,11 @@ def unavailable() -> str:
 def compile_library(name: str, sources: list[Path]) -> Path:
     """The emulated library of these .cu files; compiles only what has changed."""
     flags = os.environ.get("PYVSEG_EMULATE_FLAGS", "").split()
-    folder = ROOT / "build" / "emulated" / name
+    folder = ROOT / "build" / "emulated" / (f"{name}-{_hash(' '.join(flags))}" if flags else name)
     folder.mkdir(parents=True, exist_ok=True)
     torch_root = Path(torch.__file__).parent
     command = [
-        *("g++", "-std=gnu++17", "-O1", "-g", "-fPIC", "-w", "-fno-strict-aliasing", "-fvisibility=hidden", *flags),
+        *("g++", "-std=gnu++17", "-O1", "-g1", "-fPIC", "-w", "-fno-strict-aliasing", "-fvisibility=hidden", *flags),
         *("-DPYVSEG_EMULATE", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", '-DPYVSEG_CUDA_FACTS="emulated"'),
         *(f"-I{ROOT / 'csrc/cuda'}", f"-I{HERE}", "-isystem", str(cuda_headers()), "-isystem", f"{torch_root}/include"),
     ]

@@ -131,8 +131,10 @@ def pack_masks(d: Draw) -> dict:
 
 def memory_match(d: Draw) -> dict:
     B, N, M, C = d.sizes(4)
-    labels = d.pick((dict, lambda: dict(labels=torch.ones(B, N, dtype=torch.int64), memory_labels=torch.ones(B, M, dtype=torch.int64))))()
-    return dict(embeddings=d.tensor(B, N, C), memory=d.tensor(B, M, C), metric=d.pick(("dot", "cosine", "softmax", "bisoftmax"))) | labels
+    labels = lambda: dict(labels=torch.ones(B, N, dtype=torch.int64), memory_labels=torch.ones(B, M, dtype=torch.int64))  # noqa: E731
+    locations = lambda: dict(locations=d.tensor(B, N, 4), memory_locations=d.tensor(B, M, 4))  # noqa: E731
+    more = d.pick((dict, labels, locations))()
+    return dict(embeddings=d.tensor(B, N, C), memory=d.tensor(B, M, C), metric=d.pick(("dot", "cosine", "softmax", "bisoftmax"))) | more
 
 
 def greedy_assignment(d: Draw) -> dict:

@@ -12,7 +12,6 @@ from pyvseg.verify import verify_case
 from tests.conftest import shared
 from tests.ops.implementations import implementations
 from tests.ops.numerics import assert_as_exact
-from tests.ops.triton_builds import assert_builds
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:pyvseg")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -350,24 +349,6 @@ def test_other_floating_dtypes_take_the_reference():
     assert torch.equal(kmeans_attn(*args).update, reference(*args, torch.ones(1), torch.zeros(1), False)[0])
     with pytest.raises(TypeError, match="backend='cpu'"):
         kmeans_attn(*args, backend="cpu")
-
-
-LAUNCHES = """
-from pyvseg.kernels import kmeans_attn as m
-one = torch.ones(1)
-def step(dtype):
-    pixel, clusters, value = (torch.zeros(s, dtype=dtype) for s in ((1, 128, 12840), (1, 128, 128), (1, 256, 12840)))
-    m.kmeans_attn(pixel, clusters, value, one, one, True)
-step(torch.float32), step(torch.bfloat16)
-m.kmeans_assign(torch.zeros(1, 128, 128))
-m.kmeans_gather(torch.zeros(1, 128, 256), torch.zeros(1, 128, dtype=torch.int32))
-"""
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-def test_triton_kernels_compile(capability):
-    kernels = {"_assign_kernel", "_largest_kernel", "_pool_kernel", "_add_up_kernel", "_gather_kernel"}
-    assert assert_builds(LAUNCHES, capability) == kernels
 
 
 def test_published_results(isa):

@@ -186,6 +186,15 @@ def test_wrong_arguments(message):
         mask_costs(logits, targets)
 
 
+def test_direct_calls_of_the_ops_are_checked():
+    masks, sums = torch.ones(3, 70, dtype=torch.bool), (torch.ones(3, 2), torch.ones(3, 2), torch.ones(3))
+    for args in ((masks,), (masks.float()[:, 1:],)):
+        with pytest.raises(RuntimeError, match="need"):
+            torch.ops.pyvseg.mask_cost(*args, masks[:2])
+        with pytest.raises(RuntimeError, match="need"):
+            torch.ops.pyvseg.mask_cost_backward(*sums, *args, masks[:2])
+
+
 def test_wrong_frames_with_points():
     with pytest.raises(ValueError, match=r"targets must be \(M, 2, H, W\) to go with logits, got shape \(3, 1, 8, 8\)"):
         mask_costs(torch.ones(3, 2, 4, 4), torch.ones(3, 1, 8, 8), torch.rand(5, 2))

@@ -9,7 +9,6 @@ from pyvseg.ops import _dispatch, memory_read
 from pyvseg.ops.memory_read import similarity
 from tests.ops.implementations import Implementation, implementations
 from tests.ops.numerics import assert_as_exact
-from tests.ops.triton_builds import assert_builds
 
 on_gpus = pytest.mark.parametrize(
     "implementation", [each for each in implementations("memory_read") if each.values[0].isa is None], indirect=True
@@ -188,22 +187,3 @@ def test_graph_capture(backend):
         results = run()
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-def test_triton_kernels_compile(capability):
-    """For both forms of the similarity and the dtypes; 1 as a size is a constant to Triton."""
-    pytest.importorskip("triton")
-    code = """
-from pyvseg.kernels import memory_read as kernels
-for dtype, B, N, M, O, CK, CV, k, dot in (
-    (torch.bfloat16, 1, 96, 32, 3, 64, 512, 50, False), (torch.float16, 2, 97, 5, 1, 33, 7, 5, True),
-    (torch.float32, 1, 1, 1, 1, 1, 1, 1, False),
-):
-    key, value, query = torch.randn(B, N, CK).to(dtype), torch.randn(B, O, N, CV).to(dtype), torch.randn(B, M, CK).to(dtype)
-    out, index, weight = kernels.memory_read(key, value, query, k, dot)
-    index, weight = torch.zeros(B, M, k, dtype=torch.int32), torch.zeros(B, M, k)
-    kernels.memory_read_backward(torch.zeros_like(out), key, value, query, index, weight, dot)
-"""
-    expected = {"_sweep", "_select", "_rescore", "_weigh", "_gather_rows", "_scatter_rows", "_weight_gradient"}
-    assert assert_builds(code, capability) == expected
