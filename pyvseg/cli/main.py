@@ -11,7 +11,7 @@ COMMANDS = {
     "run": "follow objects through a video, a folder of images or a DAVIS/YouTube-VOS folder",
     "demo": "follow objects through a real clip that comes with the installation",
     "view": "write a page over results that opens in a browser: thumbnails, overlays, filters",
-    "eval": "score results against annotations (J&F, AP, VPQ, STQ)",
+    "eval": "score results against annotations (J&F, AP, VPQ, STQ, mIoU)",
     "verify": "check that this installation reproduces the published numbers",
     "train": "train a model",
     "convert": "turn a published checkpoint into a safetensors file",

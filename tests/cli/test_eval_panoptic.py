@@ -118,6 +118,9 @@ def spoil(kind, out, data):
         png.unlink()
     elif kind == "size":
         write_ids(png, np.full((8, 11), 7))
+    elif kind == "other size":
+        for t in range(3):
+            write_ids(png.with_name(f"{t:05d}.png"), np.full((8, 11), 7))
     elif kind == "class":
         edit(pred, lambda content: first(content).update(category_id=4))
     elif kind == "class list":
@@ -148,7 +151,8 @@ def spoil(kind, out, data):
         ("another frame", "b: .*frame 9 is not annotated"),
         ("order", "b: .*not in the order"),
         ("png", "cannot read mask .*b/00001.png"),
-        ("size", "b: 00001: the result is 11x8, its annotation 12x8"),
+        ("size", "b: .*pan_pred/b/00001.png: the size changes from 12x8 to 11x8"),
+        ("other size", "b: 00000: the result is 11x8, its annotation 12x8"),
         ("class", "b: .*pred.json has category 4, which is none of the 4"),
         ("class list", "its 3 categories are not the 4 of .*: 3 is in one of them only"),
         ("no class list", 'no "categories"'),
@@ -196,7 +200,7 @@ def test_kitti_step_by_hand(step):
     [
         ("sequence", "1 of 2 videos are missing, the first is 0006"),
         ("frame", "0006: .*1 of 2 frames are missing, the first is 000001"),
-        ("size", "0006: 000001: the result is 5x6, its annotation 12x6"),
+        ("size", "0006: .*results/0006/000001.png: the size changes from 12x6 to 5x6"),
         ("class", "0006: 000001: the result's segment .* has class 26, but classes go from 0 to 18"),
         ("palette", "000001.png is not an RGB PNG"),
     ],

@@ -10,9 +10,9 @@ import importlib
 from collections.abc import Callable
 from typing import Literal
 
-Protocol = Literal["davis", "vipseg", "kitti-step", "youtube-vis"]
+Protocol = Literal["davis", "vipseg", "kitti-step", "youtube-vis", "vspw"]
 
-_MODULES = {"davis": "davis", "vipseg": "panoptic", "kitti-step": "panoptic", "youtube-vis": "instances"}
+_MODULES = {"davis": "davis", "vipseg": "panoptic", "kitti-step": "panoptic", "youtube-vis": "instances", "vspw": "semantic"}
 
 
 def evaluation(protocol: str) -> Callable:

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from pyvseg.cli.protocols.videos import chosen, folders_of, named, read_ahead, same_frames
 from pyvseg.datasets.coco_panoptic import PanopticVideos
 from pyvseg.datasets.kitti_step import CLASSES, THINGS, KittiStep, pngs
 from pyvseg.datasets.vipseg import VIPSeg
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from pyvseg.cli.eval import Eval
 
 COLUMNS = ("VPQ", "VPQ-Things", "VPQ-Stuff", "STQ", "AQ", "SQ")
-_AHEAD = 3  # PNGs that wait decoded
 
 Counted = Iterator[tuple[Frame, Pairs]]  # a frame for VPQ, and its pairs of labels for STQ
 
@@ -68,7 +65,7 @@ def _vipseg(options: Eval) -> tuple[list[str], Task]:
             f"{results.lists}: its {len(results.categories)} categories are not the {len(dataset.categories)} of {dataset.lists.name}: "
             f"{other} is in one of them only; use a model of this data set"
         )
-    names = _chosen(options, dataset.videos(), results.videos(), results.lists)
+    names = chosen(options, dataset.videos(), results.videos(), results.lists)
     classes = {key: category.name for key, category in dataset.categories.items()}
     things = [key for key, category in dataset.categories.items() if category.is_thing]
     return dataset.videos(), Task(names, classes, things, lambda name: _count_lists(dataset, results, name))
@@ -76,16 +73,16 @@ def _vipseg(options: Eval) -> tuple[list[str], Task]:
 
 def _count_lists(dataset: PanopticVideos, results: PanopticVideos, name: str) -> Counted:
     truth, result = dataset.segments(name), results.segments(name)
-    _same_frames(results.lists, truth, result)
+    same_frames(results.lists, truth, result)
     known = np.array(list(dataset.categories))
     for source, lists in ((dataset, truth), (results, result)):
         listed = np.concatenate([segments.classes for segments in lists.values()] or [known])
         if (wrong := ~np.isin(listed, known)).any():
             raise PyvsegError(f"{source.lists} has category {listed[wrong][0]}, which is none of the {len(known)} of {dataset.lists.name}")
     labels = zip(*(stq.number_segments(list(lists.values())) for lists in (truth, result)))
-    maps = zip(*(_read_ahead(read_ids, source.maps(name).values()) for source in (dataset, results)))
+    maps = zip(*(read_ahead(read_ids, source.maps(name).values()) for source in (dataset, results)))
     for stem, of_map, (truth_labels, result_labels) in zip(truth, maps, labels):
-        with _named(stem):
+        with named(stem):
             frame = count_frame(*of_map, truth[stem], result[stem], int(known.max()) + 1)
         pairs = frame.pairs
         yield frame, Pairs(stq.relabel(pairs.truth, truth[stem], truth_labels), stq.relabel(pairs.result, result[stem], result_labels), pairs.pixels)
@@ -94,16 +91,13 @@ def _count_lists(dataset: PanopticVideos, results: PanopticVideos, name: str) ->
 def _kitti_step(options: Eval) -> tuple[list[str], Task]:
     dataset = KittiStep(options.gt, options.image_set or "val")
     results = options.results
-    if not results.is_dir():
-        raise PyvsegError(f"{results}: no such folder of results")
-    there = [path.name for path in results.iterdir() if path.is_dir()]
-    names = _chosen(options, dataset.sequences(), there, results)
+    names = chosen(options, dataset.sequences(), folders_of(results), results)
 
     def count(name: str) -> Counted:
         truth, result = dataset.maps(name), pngs(results / name)
-        _same_frames(results / name, truth, result)
-        for stem, *labels in zip(truth, *(_read_ahead(_read_step_labels, paths.values()) for paths in (truth, result))):
-            with _named(stem):
+        same_frames(results / name, truth, result)
+        for stem, *labels in zip(truth, *(read_ahead(_read_step_labels, paths.values()) for paths in (truth, result))):
+            with named(stem):
                 counted = count_labels(*labels, len(CLASSES), THINGS)
             yield counted
 
@@ -115,52 +109,10 @@ def _read_step_labels(path: Path) -> np.ndarray:
     return (classes.astype(np.int32) << stq.BITS) | instances
 
 
-def _chosen(options: Eval, annotated: list[str], there: list[str], results: Path) -> list[str]:
-    """The videos to score; every one of them has results."""
-    names = list(options.sequences) or annotated
-    if not names:
-        raise PyvsegError(f"{options.gt}: no annotated videos there")
-    if unknown := sorted(set(names) - set(annotated)):
-        raise PyvsegError(f"{options.gt}: no video {unknown[0]} among the {len(annotated)} annotated ones")
-    if missing := [name for name in names if name not in set(there)]:
-        raise PyvsegError(f"{results}: {len(missing)} of {len(names)} videos are missing, the first is {missing[0]}; --sequences scores some only")
-    return names
-
-
-def _same_frames(results: Path, truth: dict, result: dict) -> None:
-    if missing := [stem for stem in truth if stem not in result]:
-        raise PyvsegError(f"{results}: {len(missing)} of {len(truth)} frames are missing, the first is {missing[0]}")
-    if extra := [stem for stem in result if stem not in truth]:
-        raise PyvsegError(f"{results}: frame {extra[0]} is not annotated; results must have the annotated frames, {len(truth)}, and no others")
-    if list(truth) != list(result):
-        raise PyvsegError(f"{results}: the frames are not in the order of the annotation")
-
-
-def _read_ahead(read: Callable[[Path], np.ndarray], paths: Iterable[Path]) -> Iterator[np.ndarray]:
-    """Decodes in a thread of its own, a few images ahead."""
-    waiting = deque()
-    with ThreadPoolExecutor(1) as pool:
-        for path in paths:
-            waiting.append(pool.submit(read, path))
-            if len(waiting) > _AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Puts the name of what is being scored in front of an error's message."""
-    try:
-        yield
-    except PyvsegError as error:
-        raise PyvsegError(f"{name}: {error}") from None
-
-
 def _score(task: Task, name: str, windows: tuple[int, ...]) -> Score:
     num_classes = max(task.classes) + 1
     tubes, sequence = vpq.VideoPQ(num_classes, windows), stq.SequenceSTQ(num_classes, task.things)
-    with _named(name):
+    with named(name):
         for frame, labels in task.count(name):
             tubes.update(frame)
             sequence.update(labels)
