@@ -51,14 +51,19 @@ class Frame(NamedTuple):
 
 def count_pairs(truth: np.ndarray, result: np.ndarray) -> Pairs:
     """Counts the pixels of two id maps, int (H, W), ids in [0, 2^24). Raises PyvsegError where their sizes differ."""
-    if truth.shape != result.shape:
-        sizes = "the result is {1}x{0}, its annotation {3}x{2}".format(*result.shape, *truth.shape)
-        raise PyvsegError(f"{sizes}; save results at the annotation's size")
+    same_size(truth, result)
     truth, result = truth.ravel(), result.ravel()
     # Neighbours are mostly alike: runs of equal pairs leave a hundredth of the pixels to sort.
     starts = np.flatnonzero((truth[1:] != truth[:-1]) | (result[1:] != result[:-1])) + 1
     starts = np.concatenate(([0], starts))[: truth.size]
     return unpack(*tally((truth[starts].astype(np.int64) << 24) | result[starts], np.diff(starts, append=truth.size)))
+
+
+def same_size(truth: np.ndarray, result: np.ndarray) -> None:
+    """Raises PyvsegError."""
+    if truth.shape != result.shape:
+        sizes = "the result is {1}x{0}, its annotation {3}x{2}".format(*result.shape, *truth.shape)
+        raise PyvsegError(f"{sizes}; save results at the annotation's size")
 
 
 def tally(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -120,6 +125,11 @@ def count_labels(truth: np.ndarray, result: np.ndarray, num_classes: int, things
     A class of 255 is void, an annotated thing with instance 0 is crowd. Raises PyvsegError like `count_frame`.
     """
     pairs = count_pairs(truth, result)
+    return frame_of_labels(pairs, num_classes, things), pairs
+
+
+def frame_of_labels(pairs: Pairs, num_classes: int, things: Sequence[int]) -> Frame:
+    """The frame for VPQ from pairs of labels, see `count_labels`."""
     ids = [np.where(labels >> 16 == 255, 0, labels + 1) for labels in pairs[:2]]  # id 0 is void, label 0 is not
     lists = []
     for each in ids:
@@ -128,7 +138,7 @@ def count_labels(truth: np.ndarray, result: np.ndarray, num_classes: int, things
     lists[0] = lists[0]._replace(crowd=np.isin(lists[0].classes, things) & (lists[0].ids - 1 & 0xFFFF == 0))
     for name, segments in zip(("annotation", "result"), lists):
         _check(name, segments, num_classes)
-    return Frame(unpack(*tally(ids[0] << 24 | ids[1], pairs.pixels)), *lists), pairs
+    return Frame(unpack(*tally(ids[0] << 24 | ids[1], pairs.pixels)), *lists)
 
 
 def _check(name: str, segments: Segments, num_classes: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pyvseg.errors import PyvsegError
+from pyvseg.metrics.panoptic import same_size
 
 CLASSES = 124
 VOID = (0, 253, 255)
@@ -20,9 +21,7 @@ COLUMNS = ("mIoU", "pixel accuracy", "mean class accuracy", "frequency weighted 
 
 def histogram(label: np.ndarray, result: np.ndarray) -> np.ndarray:
     """Pixels by value of label and result, (256, 256) int64; those of several frames add up. Raises PyvsegError where the sizes differ."""
-    if label.shape != result.shape:
-        sizes = "the result is {1}x{0}, its label {3}x{2}".format(*result.shape, *label.shape)
-        raise PyvsegError(f"{sizes}; save results at the label's size")
+    same_size(label, result)
     return np.bincount((label.astype(np.uint16) << 8 | result).ravel(), minlength=1 << 16).reshape(256, 256)
 
 

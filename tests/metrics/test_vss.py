@@ -61,7 +61,7 @@ def test_the_published_numbers(folders, capsys):
         ("void", "v2: the result holds the value 0; every pixel needs its class"),
         ("class", "v2: the result holds the value 125; every pixel needs its class"),
         ("size", "v2: .*v2/00000003.png: the size changes from 36x24 to 36x23"),
-        ("other size", "v2: 00000000: the result is 36x23, its label 36x24"),
+        ("other size", "v2: 00000000: the result is 36x23, its annotation 36x24"),
         ("frame", "v2: .*1 of 17 frames are missing, the first is 00000003"),
         ("video", "1 of 4 videos are missing, the first is v2"),
         ("list", "test.txt: no such list; there are val"),

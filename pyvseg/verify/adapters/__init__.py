@@ -15,6 +15,7 @@ from pyvseg.verify.adapters import (
     ctvis,
     kmax,
     mask2former,
+    metrics_dvps,
     metrics_vis_vss,
     metrics_vos,
     metrics_vps,
@@ -36,6 +37,7 @@ ADAPTERS = {
     "kmax": kmax.run,
     "mask2former": mask2former.run,
     "mask2former-video": minvis.run_joint,
+    "metrics-dvps": metrics_dvps.run,
     "metrics-vos": metrics_vos.run,
     "metrics-vps": metrics_vps.run,
     "metrics_vis_vss_vod": metrics_vis_vss.run,  # so say the cases metrics-ytvis and metrics-vspw
