@@ -15,6 +15,7 @@ import numpy as np
 from pyvseg.datasets.youtube_vis import annotation_file
 from pyvseg.errors import PyvsegError
 from pyvseg.metrics.vis import Tracks, Tubes
+from pyvseg.video.png import MAX_PIXELS
 from pyvseg.video.rle import decode_runs
 
 
@@ -69,7 +70,7 @@ def _read(path: Path, parse):
         return parse(json.loads(path.read_bytes()))
     except OSError as error:
         raise PyvsegError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise PyvsegError(f"{path}: not in the form of YouTube-VIS ({type(error).__name__}: {error})") from None
 
 
@@ -81,13 +82,18 @@ def _annotations(document: dict) -> tuple[dict[int, str], list[Video]]:
     videos = {}
     for video, folder in zip(document["videos"], folders):
         key, size = video["id"], (int(video["height"]), int(video["width"]))
+        if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
+            raise ValueError(f"video {key} is {size[1]}x{size[0]}; images have at most {MAX_PIXELS} pixels")
         videos[key] = Video(key, f"video_{key}" if folder in several else folder, size, len(video["file_names"]))
+    categories = {int(each["id"]): str(each["name"]) for each in document["categories"]}
     for entry in document["annotations"]:
+        if entry["category_id"] not in categories:
+            raise ValueError(f"a track of video {entry['video_id']} has category {entry['category_id']}, which is none of the {len(categories)}")
         areas = [float(area or 0) for area in entry.get("areas") or ()]
         if not all(map(math.isfinite, areas)):
             raise ValueError(f"an area in video {entry['video_id']} is not a number")
         videos[entry["video_id"]].annotations.append(_checked({"score": 0, **entry, "areas": areas}))
-    return {int(each["id"]): str(each["name"]) for each in document["categories"]}, [videos[key] for key in sorted(videos)]
+    return categories, [videos[key] for key in sorted(videos)]
 
 
 def _results(document: list[dict]) -> list[dict]:

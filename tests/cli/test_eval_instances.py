@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from pyvseg.cli.eval import Eval, eval
 from pyvseg.errors import PyvsegError
+from pyvseg.video.writer import write_tracks
 from tests.conftest import shared
 
 
@@ -52,6 +54,19 @@ def test_runs_of_single_videos_name_them_by_folder(stored, capsys):
     assert run(folder, "runs/out2", sequences=("v1",))["left_out"] == ["v0", "v2"]
 
 
+def test_what_a_run_writes_can_be_scored(stored):
+    """Annotated masks as a run would write them."""
+    folder, _ = stored
+    truth = json.loads((folder / "truth.json").read_text())
+    (folder / "runs").mkdir()
+    for video in (1, 2, 3):
+        entries = [each for each in truth["annotations"] if each["video_id"] == video]
+        tracks = [SimpleNamespace(label=each["category_id"] - 1, score=0.5, object_id=each["id"], rle=each["segmentations"]) for each in entries]
+        (folder / "runs" / f"{video}").mkdir()
+        write_tracks(folder / "runs" / f"{video}" / "results.json", f"v{video - 1}", tracks)
+    assert run(folder, "runs")["totals"]["AP"] == pytest.approx(1)
+
+
 def spoil(kind, folder):
     path = folder / ("truth.json" if kind.startswith("truth") else "results.json")
     content = json.loads(path.read_text())
@@ -77,6 +92,10 @@ def spoil(kind, folder):
         del content["annotations"]
     elif kind == "truth without tracks":
         content["annotations"] = []
+    elif kind == "truth category":
+        content["annotations"][0]["category_id"] = 40
+    elif kind == "truth size":
+        content["videos"][0]["height"] = 1e300
     elif kind == "truth areas":
         content["annotations"][0]["areas"].pop()
     path.write_text(json.dumps(content))
@@ -96,6 +115,8 @@ def spoil(kind, folder):
         ("list", "results.json: not in the form of YouTube-VIS"),
         ("truth without annotations", "truth.json: not in the form .*test sets are not public"),
         ("truth without tracks", "no track is annotated"),
+        ("truth category", "truth.json: not in the form .* has category 40, which is none of the 4"),
+        ("truth size", "truth.json: not in the form .*at most"),
         ("truth areas", "truth.json: v0: a track has areas for 5 frames"),
     ],
 )
