@@ -89,7 +89,7 @@ def run(options: Run) -> None:
     tracker = _tracker(options)
     summary = run_engine(
         tracker, options.video, masks, out=options.out, overlay=options.overlay, overwrite=options.overwrite, resume=options.resume,
-        frames=bounds, annotations=options.annotations, sequences=options.sequences, queue_frames=2 * tracker.settings["clip_length"],
+        frames=bounds, annotations=options.annotations, sequences=options.sequences,
     )  # fmt: skip
     report(summary)
 
@@ -172,7 +172,7 @@ def _tracker(options: Run):
     if options.weights is not None and not options.weights.is_file():
         raise PyvsegError(f"weights {options.weights}: no such file")
     from pyvseg.engine.run import Tracker
-    from pyvseg.engine.propagate import Propagation
+    from pyvseg.engine.propagate import Propagation, look_ahead
     from pyvseg.models import zoo
     from pyvseg.models.vos import DEFAULT_MEMORY_FRAMES, VOSState
 
@@ -187,4 +187,4 @@ def _tracker(options: Run):
         "model": options.model, "weights": str(options.weights), "clip_length": options.clip_length or model.settings.clip_length,
         "max_memory_frames": bound, "precision": options.precision, "device": str(model.device), "pyvseg": __version__,
     }  # fmt: skip
-    return Tracker(propagation, settings)
+    return Tracker(propagation, settings, settings["clip_length"], look_ahead)

@@ -73,8 +73,12 @@ class InstanceSegmentation:
 
 
 @torch.inference_mode()
-def advance(videos: list[InstanceSegmentation]) -> None:
-    """Segments the added frames of videos of one model; frames of equal size pass through its encoder together."""
+def advance(videos: list[InstanceSegmentation], at_once: int = 1) -> None:
+    """Segments the added frames of videos of one model; frames of equal size pass through its encoder together.
+
+    Networks round differently for different batch sizes. With `at_once` above 1 every batch is filled up to the frames of so
+    many videos, so that a video's result does not depend on how many others happen to be under way.
+    """
     groups: dict[tuple[int, int], list[InstanceSegmentation]] = {}
     for video in videos:
         if video.pending:
@@ -82,6 +86,9 @@ def advance(videos: list[InstanceSegmentation]) -> None:
     for group in groups.values():
         counts = [len(video.pending) for video in group]
         inputs = [video.input() for video in group]
+        if at_once > 1:
+            spare = at_once * group[0].frames_per_step - sum(counts)
+            inputs.append(inputs[-1][-1:].expand(spare, -1, -1, -1))
         features = group[0].model.encode(torch.cat(inputs) if len(inputs) > 1 else inputs[0])
         for video, count, end in zip(group, counts, np.cumsum(counts).tolist()):
             video.take(_rows(features, end - count, end))

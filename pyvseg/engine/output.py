@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class VideoOutput:
-    """Writes one video's results: `open`, then `write` each frame inside `guard`, then `finish`, or `suspend` to go on later.
+    """Writes one video's results: `open`, then `write` each frame, then `finish`, or `suspend` to go on later, or `given_up`.
 
     `settings` is all that the masks depend on; a suspended run is resumed only under equal settings. `writers` are whatever
     `pyvseg.video.writer` has for the files wanted; what is not written in a run is not left over from an older one either.
@@ -81,32 +81,20 @@ class VideoOutput:
     def _note(self, next_frame: int) -> None:
         _write_json(self.targets.work / "run.json", {"settings": self.settings, "next_frame": next_frame})
 
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Ends the run as its exception asks: Ctrl-C and a full disk leave complete PNGs, anything else leaves nothing."""
-        try:
-            yield
-        except Interrupted:
-            raise
-        except KeyboardInterrupt:  # the second Ctrl-C, in the middle of a clip
-            self.suspend()
-            raise Interrupted(self.how_to_resume()) from None
-        except OutputError as error:
-            self.suspend()
-            masks = self.targets.work / "masks"
-            kept = len(list(masks.glob("*.png")))
-            if not kept:
-                self.clean()
-                raise
-            raise OutputError(f"{error}; {kept} complete masks remain in {masks}, the same command with --resume goes on") from None
-        except BaseException:
-            self.suspend()
-            self.clean()
-            raise
-
-    def how_to_resume(self) -> str:
+    def given_up(self, error: BaseException) -> BaseException:
+        """Cleans up after `error` and returns what to raise: Ctrl-C and a full disk leave complete PNGs, anything else leaves nothing."""
+        self.suspend()
         masks = self.targets.work / "masks"
-        return f"stopped after {self.written} frames of {self.name}; their masks are in {masks}; the same command with --resume goes on"
+        kept = len(list(masks.glob("*.png")))
+        if isinstance(error, KeyboardInterrupt):
+            return Interrupted(f"stopped in {self.how_far()}; the same command with --resume goes on")
+        if isinstance(error, OutputError) and kept:
+            return OutputError(f"{error}; {kept} complete masks remain in {masks}, the same command with --resume goes on")
+        self.clean()
+        return error
+
+    def how_far(self) -> str:
+        return f"{self.name} after {self.written} frames (masks in {self.targets.work / 'masks'})"
 
     def finished_frames(self, frames: Iterator[Frame], count: int) -> Iterator[FrameResult]:
         """The first `count` frames of a resumed run, with the masks that the suspended run left."""

@@ -46,12 +46,13 @@ class Propagation:
         self.model, self.clip_length, self.required, self.include_last = model, clip_length, required, include_last
         self.state = model.new_state(max_memory_frames) if state is None else state
         self.geometry: Geometry | None = None
+        self.features: dict[int, tuple[ClipFeatures, int]] = {}  # of coming frames, see `look_ahead`: index -> features and the row in them
         self._pending: list[Frame] = []
 
     @torch.inference_mode()
     def step(self, frame: Frame) -> list[FrameResult]:
         """Raises VideoError when the frame or its mask has another size than the first frame."""
-        self._check(frame)
+        self.check(frame)
         ids = _ids(frame)
         if not self.state.object_ids and not ids:
             return [self._result(frame, np.zeros(frame.image.shape[:2], np.uint8))]
@@ -65,7 +66,8 @@ class Propagation:
     def finish(self) -> list[FrameResult]:
         return self._segment(closed=True)
 
-    def _check(self, frame: Frame) -> None:
+    def check(self, frame: Frame) -> None:
+        """Raises VideoError when the frame or its mask has another size than the first frame."""
         size = frame.image.shape[:2]
         if self.geometry is None:
             self.geometry = Geometry.of(*size, self.model.settings.short_side)
@@ -97,9 +99,9 @@ class Propagation:
             clip, clip_features, probabilities = self._clip(closed=True)
             results = self._results(clip[:-1] if last else clip, probabilities)
             if last:
-                before, features = probabilities[:, -1], _last_frame(clip_features)
+                before, features = probabilities[:, -1], _rows(clip_features, -1, None)
         if features is None:
-            features = self.model.encode(self._input([frame]))
+            features = self._encode([frame])
         masks = dict(zip(ids, self.geometry.masks(frame.mask, ids, self.model.device)))
         probabilities = self.model.annotate(features, frame.index, masks, before, self.state)
         return results + self._results([frame], probabilities[:, None])
@@ -112,7 +114,7 @@ class Propagation:
 
     def _clip(self, *, closed: bool) -> tuple[list[Frame], ClipFeatures, Tensor]:
         clip, self._pending = self._pending, []
-        features = self.model.encode(self._input(clip))
+        features = self._encode(clip)
         probabilities = self.model.segment_clip(features, self.state)
         self.model.link(
             features, [f.index for f in clip], probabilities, self.state,
@@ -120,7 +122,18 @@ class Propagation:
         )  # fmt: skip
         return clip, features, probabilities
 
-    def _input(self, frames: list[Frame]) -> Tensor:
+    def _encode(self, frames: list[Frame]) -> ClipFeatures:
+        """Features of successive frames, computed here unless `look_ahead` did so."""
+        found = [self.features.pop(frame.index, None) for frame in frames]
+        if None in found:
+            return self.model.encode(self.input(frames))
+        (whole, first), (last, _) = found[0], found[-1]
+        if whole is last:
+            return _rows(whole, first, first + len(frames))
+        rows = [vars(_rows(features, row, row + 1)) for features, row in found]
+        return ClipFeatures(**{name: None if x is None else torch.cat([row[name] for row in rows]) for name, x in rows[0].items()})
+
+    def input(self, frames: list[Frame]) -> Tensor:
         s = self.model.settings
         return self.geometry.frames(np.stack([f.image for f in frames]), s.mean, s.std, self.model.device)
 
@@ -144,6 +157,30 @@ def propagate(model: STCN, frames: Iterable[Frame], **options) -> Iterator[Frame
     yield from propagation.finish()
 
 
+@torch.inference_mode()
+def look_ahead(videos: list[tuple[Propagation, list[Frame]]], room: int) -> None:
+    """Computes the features of the next frames of several videos of one model; frames of equal size pass through its encoder together.
+
+    Networks may round differently for different batch sizes, so every batch is filled up to `room` frames: then a video's masks
+    do not depend on how many others happen to be under way.
+    """
+    groups: dict[tuple[int, ...], list[tuple[Propagation, list[Frame]]]] = {}
+    for video, frames in videos:
+        if frames and (video.state.object_ids or any(frame.mask is not None for frame in frames)):
+            video.check(frames[0])
+            if all(frame.image.shape == frames[0].image.shape for frame in frames):  # else `step` says what is wrong
+                groups.setdefault(video.geometry.resized, []).append((video, frames))
+    for group in groups.values():
+        inputs = [video.input(frames) for video, frames in group]
+        spare = room - sum(map(len, inputs))
+        inputs.append(inputs[-1][-1:].expand(spare, -1, -1, -1))
+        features, row = group[0][0].model.encode(torch.cat(inputs)), 0
+        for video, frames in group:
+            for frame in frames:
+                video.features[frame.index] = features, row
+                row += 1
+
+
 def _ids(frame: Frame) -> list[int]:
     """Object ids of the frame's mask, ascending; a mask without objects says nothing. 255 is void."""
     if frame.mask is None:
@@ -151,5 +188,5 @@ def _ids(frame: Frame) -> list[int]:
     return [int(i) for i in np.unique(frame.mask) if 0 < i < 255]
 
 
-def _last_frame(features: ClipFeatures) -> ClipFeatures:
-    return ClipFeatures(**{k: None if v is None else v[-1:] for k, v in vars(features).items()})
+def _rows(features: ClipFeatures, start: int, stop: int | None) -> ClipFeatures:
+    return ClipFeatures(**{name: None if x is None else x[start:stop] for name, x in vars(features).items()})

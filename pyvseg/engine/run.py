@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segments videos from given masks and writes the results: `pyvseg run`."""
 
+from __future__ import annotations
+
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import Protocol
@@ -13,8 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from pyvseg.engine.jobs import Job, find_jobs, is_dataset
-from pyvseg.engine.output import UNFINISHED, Interrupted, Targets, VideoOutput, check_out, fingerprint
+from pyvseg.engine.lanes import drive, raise_error
+from pyvseg.engine.output import UNFINISHED, Targets, VideoOutput, check_out, fingerprint
 from pyvseg.engine.pipeline import Background, Prefetch, stop_on_interrupt
+from pyvseg.engine.trace import span, spans
 from pyvseg.errors import PyvsegError, VideoError
 from pyvseg.video.masks import frames_with_masks, read_masks
 from pyvseg.video.reader import Video, open_video
@@ -40,6 +46,8 @@ class Tracker:
 
     propagation: Callable[[Path | None], Propagation]  # for a new video (None), or continuing from a saved state
     settings: dict  # all that the masks depend on besides video and masks: model, weights, clip length, ...
+    clip_length: int = 5  # frames that a video takes at a time
+    look_ahead: Callable[[list[tuple[Propagation, list[Frame]]], int], None] = lambda videos, room: None  # what videos share: see `propagate.look_ahead`
 
 
 @dataclass
@@ -69,7 +77,6 @@ def run(
     frames: tuple[int, int | None] | None = None,
     annotations: str = "auto",
     sequences: list[str] | None = None,
-    queue_frames: int = 10,
     progress: bool = True,
 ) -> Summary:
     """Segments one video, or every sequence of a DAVIS/YouTube-VOS folder, and writes the results under `out`.
@@ -78,8 +85,7 @@ def run(
     Dataset: OUT/Annotations/SEQUENCE/FRAME.png, OUT/rle/SEQUENCE.json, and OUT/overlays/SEQUENCE.mp4.
 
     video, masks: see `open_video` and `read_masks`; a dataset brings its own masks. frames: (start, stop) of one video,
-    counted from 0; masks keep the frame numbers of the whole video. queue_frames bounds the frames that wait between
-    two stages. Raises VideoError for bad input (nothing of that video remains), OutputError where results cannot be
+    counted from 0; masks keep the frame numbers of the whole video. Raises VideoError for bad input (nothing of that video remains), OutputError where results cannot be
     written, Interrupted after Ctrl-C.
     """
     out = Path(out)
@@ -96,12 +102,13 @@ def run(
     summary = Summary(out, targets, note=note)
     if note and progress:
         print(note, file=sys.stderr)
+    started = time.perf_counter()
     with stop_on_interrupt() as stop:
-        runner = _Runner(tracker, summary, stop, resume, frames, overlay, queue_frames, progress)
-        for done, (job, target) in enumerate(zip(jobs, targets, strict=True)):
-            if stop.is_set():
-                raise Interrupted(f"stopped after {done} of {len(jobs)} sequences; the same command with --resume goes on")
-            runner.run(job, target, f" ({done + 1}/{len(jobs)})" if len(jobs) > 1 else "")
+        following = Following(tracker, stop, resume, overlay, frames, progress, len(jobs))
+        try:
+            drive(zip(jobs, targets, strict=True), following.make, following.together, raise_error, at_once=1, stop=stop)
+        finally:
+            summary.frames, summary.seconds = following.frames, time.perf_counter() - started
     return summary
 
 
@@ -112,75 +119,116 @@ def _targets(out: Path, name: str) -> Targets:
     return Targets(out, out / UNFINISHED / name, files)
 
 
-@dataclass(frozen=True)
-class _Runner:
-    """What all videos of a run have in common."""
+@dataclass
+class Following:
+    """What the videos of a run have in common; makes their lanes."""
 
     tracker: Tracker
-    summary: Summary
     stop: Event
     resume: bool
-    frames: tuple[int, int | None] | None
-    overlay: bool
-    queue_frames: int
-    progress: bool
+    overlay: bool = True
+    part: tuple[int, int | None] | None = None  # of one video, see `run`
+    progress: bool = False  # a bar for each video
+    count: int = 1  # videos, for the bar
+    at_once: int = 1
+    frames: int = 0  # computed so far
+    begun: int = 0
 
-    def run(self, job: Job, targets: Targets, position: str) -> None:
-        video, given = _open(job, self.frames)
-        settings = {"video": video.source, "frames": list(self.frames or ()), "masks": fingerprint(given), **self.tracker.settings}
-        output = VideoOutput(targets, video.name, settings)
+    def make(self, each: tuple[Job, Targets]) -> Following.Lane | None:
+        job, targets = each
+        self.begun += 1
+        video, given = _open(job, self.part)
+        settings = {"video": video.source, "frames": list(self.part or ()), "masks": fingerprint(given), **self.tracker.settings}
+        output = VideoOutput(targets, job.name or video.name, settings)
         if self.resume and output.is_finished():
-            return
-        first = output.resume_at() if self.resume else 0
-        started = time.perf_counter()
-        with output.guard(), self._bar(video, first, position) as bar:
+            return None
+        return Following.Lane(self, job, video, given, output)
+
+    def together(self, lanes: list[Following.Lane]) -> None:
+        if self.at_once > 1:
+            with span("model"):
+                self.tracker.look_ahead([(lane.propagation, lane.taken) for lane in lanes], self.at_once * self.tracker.clip_length)
+
+    class Lane:
+        """One video under way (`pyvseg.engine.lanes.Lane`)."""
+
+        def __init__(self, common: Following, job: Job, video: Video, given: dict[int, np.ndarray], output: VideoOutput) -> None:
+            self.common, self.job, self.video, self.given, self.output = common, job, video, given, output
+            self.first = self.reached = output.resume_at() if common.resume else 0  # frames whose masks were there, and are now
+            self.taken: list[Frame] = []
+            self.at_end = self.idle = False
+            self._threads = ExitStack()
+
+        def open(self) -> None:
+            output, first, tracker = self.output, self.first, self.common.tracker
             output.open(first)
-            output.writers += self._writers(targets.work, video)
-            propagation = self.tracker.propagation(output.state_path(first) if first else None)
-            reached = self._stream(frames_with_masks(video, given), propagation, output, first, bar)
-            self.summary.frames += output.written - first
-            self.summary.seconds += time.perf_counter() - started
-            if reached is not None:
-                output.suspend(*(propagation.state.save, reached) if reached > first else ())
-                raise Interrupted(output.how_to_resume())
-            _check_masks_used(given, output.written, video)
-            output.finish(job.keep)
+            output.writers += self._writers()
+            self.propagation = tracker.propagation(output.state_path(first) if first else None)
+            depth = 2 * tracker.clip_length
+            decoded = spans("decode", frames_with_masks(self.video, self.given), self.output.name)
+            self._source = iter(self._threads.enter_context(Prefetch(decoded, depth)))
+            self._bar = self._threads.enter_context(self._make_bar())
+            self._sink = Background(self._write, depth)
+            self._sink.__enter__()
+            for result in output.finished_frames(self._source, first):
+                self._sink.put(result)
+                if self.common.stop.is_set():
+                    return
 
-    def _writers(self, work: Path, video: Video) -> list:
-        movie = [OverlayWriter(work / "overlay.mp4", video.size, video.fps)] if self.overlay else []
-        return [PngWriter(work / "masks"), RleWriter(work / "masks.json", video.name), *movie]
+        def _writers(self) -> list:
+            work, video = self.output.targets.work, self.video
+            movie = [OverlayWriter(work / "overlay.mp4", video.size, video.fps)] if self.common.overlay else []
+            return [PngWriter(work / "masks"), RleWriter(work / "masks.json", self.output.name), *movie]
 
-    def _stream(self, frames: Iterable[Frame], propagation: Propagation, output: VideoOutput, first: int, bar: tqdm) -> int | None:
-        """Decode, model and write at the same time, from frame `first`, whose predecessors are there already.
+        def fill(self) -> None:
+            self.taken = list(islice(self._source, self.common.tracker.clip_length))
+            self.at_end, self.idle = len(self.taken) < self.common.tracker.clip_length, not self.taken
 
-        Returns None at the end of the video; after Ctrl-C the number of frames that the state covers.
-        """
+        def step(self) -> None:
+            with span("model", self.output.name):
+                results = [result for frame in self.taken for result in self.propagation.step(frame)]
+                results += self.propagation.finish() if self.at_end else []
+            for result in results:
+                self._sink.put(result)
+                self.reached = result.index + 1
+            self.common.frames += len(results)
 
-        def write(result: FrameResult) -> None:
-            output.write(result)
-            if result.index >= first:
-                bar.update()
+        def _write(self, result: FrameResult) -> None:
+            with span("write", self.output.name):
+                self.output.write(result)
+            if result.index >= self.first:
+                self._bar.update()
 
-        with Prefetch(frames, self.queue_frames) as source, Background(write, self.queue_frames) as sink:
-            source = iter(source)
-            for result in output.finished_frames(source, first):
-                sink.put(result)
-                if self.stop.is_set():
-                    return first
-            for frame in source:
-                results = propagation.step(frame)
-                for result in results:
-                    sink.put(result)
-                if results and self.stop.is_set():
-                    return results[-1].index + 1
-            for result in propagation.finish():
-                sink.put(result)
-        return None
+        def complete(self) -> bool:
+            self._sink.__exit__(None, None, None)
+            _check_masks_used(self.given, self.output.written, self.video)
+            with span("write", self.output.name):
+                self.output.finish(self.job.keep)
+            self._threads.close()
+            return True
 
-    def _bar(self, video: Video, done: int, position: str) -> tqdm:
-        form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} frames, {rate_noinv_fmt}, {remaining} left"
-        disable = None if self.progress else True  # None: shown on terminals only
-        return tqdm(total=video.frame_count, initial=done, desc=video.name + position, unit=" frames", bar_format=form, leave=False, disable=disable)
+        def suspend(self) -> str:
+            self._close()
+            self.output.suspend(*(self.propagation.state.save, self.reached) if self.reached > self.first else ())
+            return self.output.how_far()
+
+        def abandon(self, error: BaseException) -> BaseException:
+            self._close()
+            return self.output.given_up(error)
+
+        def _close(self) -> None:
+            if hasattr(self, "_sink"):
+                with suppress(Exception):  # told already, or on its way to be
+                    self._sink.__exit__(None, None, None)
+            self._threads.close()
+
+        def _make_bar(self) -> tqdm:
+            form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} frames, {rate_noinv_fmt}, {remaining} left"
+            disable = None if self.common.progress else True  # None: shown on terminals only
+            where = f" ({self.common.begun}/{self.common.count})" if self.common.count > 1 else ""
+            return tqdm(
+                total=self.video.frame_count, initial=self.first, desc=self.video.name + where, unit=" frames", bar_format=form, leave=False, disable=disable
+            )
 
 
 def _open(job: Job, frames: tuple[int, int | None] | None) -> tuple[Video, dict[int, np.ndarray]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from pyvseg.engine.instances import InstanceSegmentation, advance
 from pyvseg.engine.jobs import Job, find_videos
+from pyvseg.engine.lanes import drive, raise_error
 from pyvseg.engine.output import UNFINISHED, Interrupted, Targets, VideoOutput, check_out
 from pyvseg.engine.pipeline import Background, Prefetch, stop_on_interrupt
+from pyvseg.engine.trace import span, spans
 from pyvseg.engine.types import Frame, FrameResult
 from pyvseg.errors import PyvsegError, VideoError
 from pyvseg.models.state import load_state, save_state
@@ -105,7 +107,17 @@ def run_instances(
     check_out(out, overwrite, resume)
     summary = InstanceSummary(out, len(jobs), single)
     with stop_on_interrupt() as stop:
-        _Run(model, options, summary, stop, resume, frames, categories, progress).run([(job, _targets(out, job.name)) for job in jobs])
+        finding = Finding(model, options, stop, resume, frames, categories, progress and single)
+        with tqdm(total=len(jobs), unit=" videos", leave=False, disable=None if progress and not single else True) as bar:
+
+            def ended(job: tuple[Job, Targets], error: Exception | None) -> None:
+                raise_error(job, error)
+                bar.update()
+
+            try:
+                drive([(job, _targets(out, job.name)) for job in jobs], finding.make, finding.together, ended, at_once=options.at_once, stop=stop)
+            finally:
+                summary.tracks, summary.shown, summary.frames = finding.tracks, finding.shown, finding.frames
     if not single:
         join_tracks([_targets(out, job.name).files["tracks.json"] for job in jobs], out / "results.json")
     summary.seconds = time.perf_counter() - started
@@ -120,98 +132,60 @@ def _targets(out: Path, name: str) -> Targets:
     return Targets(out, out / UNFINISHED / name, files)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What all videos of a run have in common."""
+@dataclass
+class Finding:
+    """What the videos of a run have in common; makes their lanes."""
 
     model: InstanceNetwork
     options: InstanceOptions
-    summary: InstanceSummary
     stop: Event
     resume: bool
-    frames: tuple[int, int | None] | None
-    categories: tuple[int | None, ...] | None
-    progress: bool
+    part: tuple[int, int | None] | None = None  # of one video, see `run_instances`
+    categories: tuple[int | None, ...] | None = None
+    progress: bool = False  # a bar for each video
+    tracks: int = 0  # of finished videos
+    shown: int = 0
+    frames: int = 0  # segmented so far
 
-    def run(self, jobs: list[tuple[Job, Targets]]) -> None:
-        """Up to `at_once` videos are under way, in the order of the jobs: a resumed run puts the same frames together."""
-        waiting, lanes = deque(jobs), []
-        with tqdm(total=len(jobs), unit=" videos", leave=False, disable=None if self.progress and len(jobs) > 1 else True) as bar:
-            try:
-                while waiting or lanes:
-                    self._fill(lanes, waiting, bar)
-                    advance([lane.segmentation for lane in lanes])
-                    self._complete([lane for lane in lanes if lane.at_end], lanes, bar)
-                    if self.stop.is_set() and (lanes or waiting):
-                        self._suspend(lanes)
-            except Interrupted:
-                raise
-            except BaseException as error:
-                for lane in lanes:
-                    lane.abandon()
-                if isinstance(error, KeyboardInterrupt):  # the second Ctrl-C, in the middle of a clip
-                    raise Interrupted("stopped at once; finished videos are kept, the others start again") from None
-                raise
+    def make(self, each: tuple[Job, Targets]) -> _Lane | None:
+        lane = _Lane(self, *each)
+        return None if self.resume and lane.output.is_finished() else lane
 
-    def _fill(self, lanes: list[_Lane], waiting: deque[tuple[Job, Targets]], bar: tqdm) -> None:
-        """Every video under way gets its next frames; those that had their last ones make room for others."""
-        for lane in lanes:
-            lane.fill()
-        while not self.stop.is_set():
-            self._complete([lane for lane in lanes if not lane.segmentation.pending], lanes, bar)
-            if not waiting or len(lanes) == self.options.at_once:
-                return
-            lane = _Lane(self, *waiting.popleft())
-            if lane.finished:
-                bar.update()
-            else:
-                lanes.append(lane)
-                lane.open()
-                lane.fill()
-
-    def _complete(self, ended: list[_Lane], lanes: list[_Lane], bar: tqdm) -> None:
-        for lane in ended:
-            if not self.stop.is_set() and lane.complete():
-                lanes.remove(lane)
-                bar.update()
-
-    def _suspend(self, lanes: list[_Lane]) -> None:
-        for lane in lanes:
-            lane.suspend()
-        where = ", ".join(f"{lane.output.name} after {lane.done} frames" for lane in lanes)
-        raise Interrupted(f"stopped {'in ' + where if lanes else 'between two videos'}; the same command with --resume goes on")
+    def together(self, lanes: list[_Lane]) -> None:
+        with span("model"):
+            advance([lane.segmentation for lane in lanes], self.options.at_once)
 
 
 class _Lane:
-    """One video under way."""
+    """One video under way (`pyvseg.engine.lanes.Lane`)."""
 
-    def __init__(self, run: _Run, job: Job, targets: Targets) -> None:
+    def __init__(self, run: Finding, job: Job, targets: Targets) -> None:
         self.run, self.job, self.targets = run, job, targets
         self.video = video = open_video(job.video)
-        if run.frames:
-            self.video = video = video.part(*run.frames)
+        if run.part:
+            self.video = video = video.part(*run.part)
         if job.size and job.size != video.size:
             wanted, there = ("x".join(map(str, size[::-1])) for size in (job.size, video.size))
             raise VideoError(f"{video.source}: images are {there}, the annotation file says {wanted}; results would not fit")
         o = run.options
         settings = {
-            "video": video.source, "frames": list(run.frames or ()), "model": run.model.name, **run.model.settings,
+            "video": video.source, "frames": list(run.part or ()), "model": run.model.name, **run.model.settings,
             "score_threshold": o.score_threshold, "top_k": o.top, "compat": o.compat, "at_once": o.at_once,
         }  # fmt: skip
         self.output = VideoOutput(targets, job.name or video.name, settings)
-        self.finished = run.resume and self.output.is_finished()
         self.first = self.done = self.output.resume_at() if run.resume else 0  # frames that the state covered at first, and does now
-        self.at_end = False
+        self.found: VideoInstances | None = None
+        self.at_end = self.idle = False
+        self._threads = ExitStack()
 
     def open(self) -> None:
         first = self.first
         self.output.open(first)
         state = load_state(self.output.state_path(first), self.run.model.network.device) if first else None
         self.segmentation = InstanceSegmentation(self.run.model.network, state)
-        self._bar = _bar(self.video, first, self.run.progress and not self.job.name)
-        self._source = Prefetch(self.video, 2 * self.segmentation.frames_per_step)
-        self._source.__enter__()
-        self._frames = iter(self._source)
+        self._bar = self._threads.enter_context(_bar(self.video, first, self.run.progress))
+        decoded = spans("decode", self.video, self.output.name)
+        self._frames = iter(self._threads.enter_context(Prefetch(decoded, 2 * self.segmentation.frames_per_step)))
         next(islice(self._frames, first, first), None)  # these have been seen
 
     def fill(self) -> None:
@@ -221,24 +195,32 @@ class _Lane:
         for frame in new:
             self.segmentation.add(frame)
         self.done += len(new)
-        self.run.summary.frames += len(new)
-        self.at_end = len(new) < wanted
+        self.run.frames += len(new)
+        self.at_end, self.idle = len(new) < wanted, not new
         self._bar.update(len(new))
+
+    def step(self) -> None:
+        if self.at_end and not self.run.stop.is_set():
+            o = self.run.options
+            with span("model", self.output.name):
+                self.found = self.segmentation.finish(o.top, o.compat)
+            self.found.classes = self.run.model.classes
 
     def complete(self) -> bool:
         """Writes the results; False if Ctrl-C came in between."""
-        self.close()
-        o, classes = self.run.options, self.run.model.classes
-        tracks = self.segmentation.finish(o.top, o.compat)
-        tracks.classes = classes
-        shown = _shown(tracks, o.score_threshold)
-        work = self.targets.work
-        write_tracks(work / "tracks.json", self.job.id or self.job.name or self.video.name, tracks, self.run.categories)
+        tracks = self.found
+        if tracks is None:
+            return False
+        shown = _shown(tracks, self.run.options.score_threshold)
+        with span("write", self.output.name):
+            write_tracks(self.targets.work / "tracks.json", self.job.id or self.output.name, tracks, self.run.categories)
         if not self._draw(tracks, shown):
             return False
-        self.output.finish()
-        self.run.summary.tracks += len(tracks)
-        self.run.summary.shown += len(shown)
+        with span("write", self.output.name):
+            self.output.finish()
+        self._threads.close()
+        self.run.tracks += len(tracks)
+        self.run.shown += len(shown)
         return True
 
     def _draw(self, tracks: VideoInstances, shown: list[int]) -> bool:
@@ -251,7 +233,7 @@ class _Lane:
         if not self.output.writers:
             return True
         depth = 2 * self.segmentation.frames_per_step
-        with Prefetch(self.video, depth) as frames, Background(self.output.write, depth) as sink:
+        with Prefetch(spans("decode", self.video, self.output.name), depth) as frames, Background(self._write, depth) as sink:
             for frame in frames:
                 sink.put(_drawn(frame, tracks, shown))
                 if self.run.stop.is_set():
@@ -260,22 +242,23 @@ class _Lane:
             raise VideoError(f"{self.video.source}: {self.output.written} frames at the second reading, {self.done} at the first; give a file or a list")
         return True
 
-    def suspend(self) -> None:
-        """Leaves what a later run needs to go on."""
-        self.close()
-        self.output.suspend(*(partial(save_state, self.segmentation.state), self.done) if self.done else ())
+    def _write(self, result: FrameResult) -> None:
+        with span("write", self.output.name):
+            self.output.write(result)
 
-    def abandon(self) -> None:
-        """Removes what is unfinished, except what an earlier run left to go on from."""
-        self.close()
+    def suspend(self) -> str:
+        self._threads.close()
+        self.output.suspend(*(partial(save_state, self.segmentation.state), self.done) if self.done else ())
+        return f"{self.output.name} after {self.done} frames"
+
+    def abandon(self, error: BaseException) -> BaseException:
+        self._threads.close()
         self.output.suspend()
         if not self.first:
             self.output.clean()
-
-    def close(self) -> None:
-        if hasattr(self, "_source"):
-            self._source.__exit__(None, None, None)
-            self._bar.close()
+        if isinstance(error, KeyboardInterrupt):
+            return Interrupted("stopped at once; finished videos are kept, the others start again")
+        return error
 
 
 def _bar(video: Video, done: int, shown: bool) -> tqdm:

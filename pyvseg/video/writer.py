@@ -65,7 +65,7 @@ class OverlayWriter:
         with output_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.container = av.open(str(self.temporary), "w", format="mp4", options={"movflags": "+faststart"})
-            self.stream = self.container.add_stream("libx264", rate=fps or Fraction(24), options={"preset": "superfast", "crf": "20", "g": "48"})
+            self.stream = self.container.add_stream("libx264", rate=fps or Fraction(24), options={"preset": "superfast", "crf": "20", "g": "48", "threads": "1"})
             self.stream.width, self.stream.height, self.stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
 
     def write(self, result: FrameResult) -> None:

@@ -58,4 +58,4 @@ def standin(clip_length: int = 5, delay: float = 0.0) -> Tracker:
     def propagation(saved: Path | None) -> Shifting:
         return Shifting(State.load(saved) if saved else State(), clip_length, delay)
 
-    return Tracker(propagation, {"model": "standin", "clip_length": clip_length})
+    return Tracker(propagation, {"model": "standin", "clip_length": clip_length}, clip_length)

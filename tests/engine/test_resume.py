@@ -32,7 +32,7 @@ def test_resumed_equals_undisturbed(tmp_path, network, at):
         state = VOSState.load(saved) if saved else None
         return Propagation(network, clip_length=3, max_memory_frames=3, state=state)
 
-    tracker = Tracker(propagation, {"clip_length": 3})
+    tracker = Tracker(propagation, {"clip_length": 3}, 3)
     run(tracker, video, masks, out=tmp_path / "whole", progress=False)
     for n, index in enumerate(at):
         with pytest.raises(Interrupted):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -265,7 +266,7 @@ def interrupt_at(index: int, tracker):
         inner.step = stepping
         return inner
 
-    return type(tracker)(propagation, tracker.settings)
+    return replace(tracker, propagation=propagation)
 
 
 @pytest.mark.parametrize("at", [(1,), (8,), (8, 17), (8, 12, 15)])
@@ -273,11 +274,11 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path, video, at):
     masks = {0: square(), 12: np.flipud(square(4))}
     follow(video, tmp_path / "whole", masks)
     for n, index in enumerate(at):
-        with pytest.raises(Interrupted, match="stopped after .* --resume"):
+        with pytest.raises(Interrupted, match="stopped in .* after .* --resume"):
             follow(video, tmp_path / "out", masks, interrupt_at(index, standin()), resume=n > 0)
         unfinished = tmp_path / "out" / "unfinished"
         left = labels(unfinished / "masks")
-        assert index <= len(left) < 23 and not (tmp_path / "out" / "masks").exists()
+        assert max(index - 5, 0) < len(left) < 23 and not (tmp_path / "out" / "masks").exists()
         assert [p.name for p in unfinished.glob("*") if p.suffix == ".mp4"] == []
     counts = []
     tracker = standin()

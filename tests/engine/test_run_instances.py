@@ -2,7 +2,9 @@
 """Runs over several videos and data sets, interrupted and resumed ones: instance segmentation with small networks."""
 
 import json
+import os
 import signal
+import time
 from pathlib import Path
 
 import cv2
@@ -140,11 +142,11 @@ def interrupt(monkeypatch, at: int) -> None:
     """Ctrl-C when so many batches have been segmented."""
     calls = []
 
-    def advancing(videos):
+    def advancing(videos, at_once):
         calls.append(videos)
         if len(calls) == at:
             signal.raise_signal(signal.SIGINT)
-        advance(videos)
+        advance(videos, at_once)
 
     monkeypatch.setattr(engine, "advance", advancing)
 
@@ -173,7 +175,8 @@ def test_interrupted_while_drawing(tmp_path, clips, ready, monkeypatch):
 
     def drawing(frame, *rest):
         if frame.index == 5:
-            signal.raise_signal(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)  # for the main thread to see it
         return drawn(frame, *rest)
 
     monkeypatch.setattr(engine, "_drawn", drawing)

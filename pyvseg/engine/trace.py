@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each stage is busy with, and when: shares for a report, and a trace that Chrome and Perfetto open."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyvseg.video.writer import output_errors
+
+STAGES = ("decode", "model", "write")  # each is a thread, or one for every video under way
+
+
+class Recorder:
+    """Adds up the seconds of each span by name; with `keep` it remembers every span for `save`, about 100 bytes each."""
+
+    def __init__(self, keep: bool = False) -> None:
+        self.seconds: dict[str, float] = {}
+        self.started = time.perf_counter()
+        self._events: list[tuple[str, str, int, float, float]] | None = [] if keep else None
+        self._lock = threading.Lock()
+
+    def add(self, name: str, detail: str, start: float, end: float) -> None:
+        with self._lock:
+            self.seconds[name] = self.seconds.get(name, 0.0) + end - start
+            if self._events is not None:
+                self._events.append((name, detail, threading.get_native_id(), start - self.started, end - start))
+
+    def shares(self) -> dict[str, float]:
+        """Busy seconds of each name per second since the recorder was made; above 1 where several threads share a stage."""
+        wall = time.perf_counter() - self.started
+        return {name: seconds / wall for name, seconds in self.seconds.items()}
+
+    def save(self, path: Path) -> None:
+        """Chrome's trace event format, times in microseconds. Raises OutputError."""
+        process = os.getpid()
+        with output_errors(path), open(path, "w", encoding="utf-8") as out:
+            for n, (name, detail, thread, start, length) in enumerate(self._events or ()):
+                event = {"name": name, "cat": "pyvseg", "ph": "X", "pid": process, "tid": thread, "ts": 1e6 * start, "dur": 1e6 * length}
+                out.write(("," if n else '{"traceEvents":[') + json.dumps(event | ({"args": {"video": detail}} if detail else {})) + "\n")
+            out.write("]}\n" if self._events else '{"traceEvents":[]}\n')
+
+
+_recorder: Recorder | None = None
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[Recorder]:
+    """Spans of the whole process go to `recorder` while this lasts."""
+    global _recorder
+    before, _recorder = _recorder, recorder
+    try:
+        yield recorder
+    finally:
+        _recorder = before
+
+
+@contextmanager
+def span(name: str, detail: str = "") -> Iterator[None]:
+    """Something that a thread is busy with; costs nothing worth speaking of where nobody records."""
+    recorder = _recorder
+    if recorder is None:
+        yield
+        return
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        recorder.add(name, detail, start, time.perf_counter())
+
+
+def spans(name: str, items: Iterable, detail: str = "") -> Iterator:
+    """The same items; the time that each takes to come is a span."""
+    iterator = iter(items)
+    while True:
+        with span(name, detail):
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item
