@@ -77,7 +77,7 @@ def deterministic():
 
 
 @on(lambda implementation: True)
-@pytest.mark.parametrize("dtype", DTYPES if GPU else [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES if GPU else [torch.float32, torch.bfloat16], ids=str)
 def test_agrees_with_the_reference(op, implementation, dtype):
     """Coarse, on all ops alike; each op's own tests hold it to float64."""
     arguments = example(op, implementation, dtype)
@@ -102,7 +102,7 @@ def test_deterministic_mode(op, implementation):
 
 
 @on_gpus
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cuda_graph(op, implementation, dtype):
     """Captured once, replayed on other numbers."""
     arguments, others = (example(op, implementation, dtype) for _ in range(2))
