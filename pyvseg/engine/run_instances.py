@@ -19,6 +19,7 @@ from tqdm import tqdm
 from pyvseg.engine.instances import InstanceSegmentation, advance
 from pyvseg.engine.jobs import Job, find_videos
 from pyvseg.engine.lanes import drive, raise_error
+from pyvseg.engine.memory import check_memory, queue_frames
 from pyvseg.engine.output import UNFINISHED, Interrupted, Targets, VideoOutput, check_out
 from pyvseg.engine.pipeline import Background, Prefetch, stop_on_interrupt
 from pyvseg.engine.trace import span, spans
@@ -167,7 +168,11 @@ class _Lane:
         if job.size and job.size != video.size:
             wanted, there = ("x".join(map(str, size[::-1])) for size in (job.size, video.size))
             raise VideoError(f"{video.source}: images are {there}, the annotation file says {wanted}; results would not fit")
-        o = run.options
+        o, network = run.options, run.model.network
+        self.segmentation = InstanceSegmentation(network)
+        step = self.segmentation.frames_per_step
+        check_memory(network, run.model.name, video, step, o.at_once)
+        self._depth = queue_frames(video, step)
         settings = {
             "video": video.source, "frames": list(run.part or ()), "model": run.model.name, **run.model.settings,
             "score_threshold": o.score_threshold, "top_k": o.top, "compat": o.compat, "at_once": o.at_once,
@@ -182,10 +187,10 @@ class _Lane:
         first = self.first
         self.output.open(first)
         state = load_state(self.output.state_path(first), self.run.model.network.device) if first else None
-        self.segmentation = InstanceSegmentation(self.run.model.network, state)
+        self.segmentation.state = state
         self._bar = self._threads.enter_context(_bar(self.video, first, self.run.progress))
         decoded = spans("decode", self.video, self.output.name)
-        self._frames = iter(self._threads.enter_context(Prefetch(decoded, 2 * self.segmentation.frames_per_step)))
+        self._frames = iter(self._threads.enter_context(Prefetch(decoded, self._depth)))
         next(islice(self._frames, first, first), None)  # these have been seen
 
     def fill(self) -> None:
@@ -232,8 +237,7 @@ class _Lane:
             self.output.writers.append(OverlayWriter(work / "overlay.mp4", self.video.size, self.video.fps))
         if not self.output.writers:
             return True
-        depth = 2 * self.segmentation.frames_per_step
-        with Prefetch(spans("decode", self.video, self.output.name), depth) as frames, Background(self._write, depth) as sink:
+        with Prefetch(spans("decode", self.video, self.output.name), self._depth) as frames, Background(self._write, self._depth) as sink:
             for frame in frames:
                 sink.put(_drawn(frame, tracks, shown))
                 if self.run.stop.is_set():

@@ -16,7 +16,7 @@ from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.spool import Segments
 from pyvseg.video.rle import decode_rle, encode_masks
 
-_CHUNK_BYTES = 64 << 20  # of full-size logits at a time
+CHUNK_BYTES = 64 << 20  # of full-size logits at a time
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def render(
     objects = list(dict.fromkeys(chosen.objects.tolist()))
     segments = Segments(size.source, objects, frames)
     inside, total = torch.zeros(2, len(objects))
-    step = max(1, _CHUNK_BYTES // (4 * max(size.padded[0] * size.padded[1], size.source[0] * size.source[1])))
+    step = max(1, CHUNK_BYTES // (4 * max(size.padded[0] * size.padded[1], size.source[0] * size.source[1])))
     for t in range(frames):
         present, logits = logits_at(t, objects)
         for start in range(0, len(present), step):

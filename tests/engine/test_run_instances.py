@@ -5,12 +5,14 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from pyvseg.engine import memory
 from pyvseg.engine import run_instances as engine
 from pyvseg.engine.instances import InstanceSegmentation, advance, segment
 from pyvseg.engine.output import Interrupted
@@ -19,6 +21,8 @@ from pyvseg.engine.types import Frame
 from pyvseg.errors import OutputError, PyvsegError, VideoError
 from pyvseg.models import zoo
 from pyvseg.models.categories import OVIS
+from pyvseg.video.reader import open_video
+from pyvseg.video.rle import decode_rle
 from tests.video.clips import images, write_images, write_video
 
 ONLINE = ["minvis_r50_ytvis21", "ctvis_r50_ovis", "genvis_r50_ytvis19_semionline", "vita_r50_ytvis19"]
@@ -230,8 +234,6 @@ def test_frames_that_can_be_read_once(ready, tmp_path):
 def test_colours_stay_with_their_objects(ready, tmp_path, clips):
     """An object's id is the same in every PNG: pixels of id i lie inside the masks of one track."""
     go(ready("genvis_r50_ytvis19_semionline"), clips / "c.mp4", tmp_path / "out", compat=False)
-    from pyvseg.video.rle import decode_rle
-
     tracks = json.loads((tmp_path / "out" / "results.json").read_text())
     for t in range(11):
         labels = cv2.imread(str(tmp_path / "out" / "masks" / f"{t:05d}.png"), cv2.IMREAD_UNCHANGED)
@@ -240,3 +242,28 @@ def test_colours_stay_with_their_objects(ready, tmp_path, clips):
             rle = track["segmentations"][t]
             inside = np.zeros((48, 64), bool) if rle is None else decode_rle(rle, (48, 64), "track")
             assert not ((labels == i) & ~inside).any()
+
+
+def test_memory_that_will_not_do(tmp_path, ready, clips, monkeypatch):
+    """Told before anything starts, with what to lower."""
+    gib = 1 << 30
+    monkeypatch.setattr(memory, "available", lambda device: gib)
+    with pytest.raises(VideoError, match=r"7680x4320 frames take minvis_r50_ytvis21 about \d\.\d GB of memory \(cpu\), 1\.1 GB are free; try --at-once 1, --precision bfl.*"):
+        go(ready("minvis_r50_ytvis21"), [np.zeros((4320, 7680, 3), np.uint8)], tmp_path / "out")
+    joint = ready("mask2former_video_r50_ytvis19")
+    monkeypatch.setattr(memory, "available", lambda device: gib // 2)
+    go(joint, clips / "a.mp4", tmp_path / "short")
+    long = replace(open_video(clips / "a.mp4"), frame_count=10**6)
+    with pytest.raises(VideoError, match="1000000 frames of 64x48, seen together, .* fewer --frames, or a model that goes frame by frame"):
+        go(joint, long, tmp_path / "out", at_once=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_predicted_memory_follows_what_it_depends_on(ready):
+    """Frames of 4K cost main memory only; the batch costs what the network's input is."""
+    network = ready("minvis_r50_ytvis21").network
+    videos = [open_video([np.zeros((*size, 3), np.uint8)]) for size in ((360, 640), (2160, 3840))]
+    (small_device, small_main), (large_device, large_main) = (memory.needed(network, video, 4) for video in videos)
+    assert small_device == large_device and 10 * small_main < large_main < 2**30
+    assert memory.available(network.device) > 0
+    assert [memory.queue_frames(open_video([np.zeros((*size, 3), np.uint8)]), 4) for size in ((360, 640), (4320, 7680))] == [8, 2]
