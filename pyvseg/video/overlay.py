@@ -26,16 +26,24 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.45) -
 
 
 def draw_captions(image: np.ndarray, labels: np.ndarray, captions: dict[int, str]) -> None:
-    """Writes each object's id and caption onto the top of its mask, in place; image uint8 (H, W, 3), labels uint8 (H, W)."""
+    """Writes each object's id and caption onto the top of its mask, in place, below others that are there already.
+
+    image uint8 (H, W, 3), labels uint8 (H, W)
+    """
     scale = max(min(labels.shape) / 1000, 0.35)
     thickness = max(1, round(2 * scale))
+    taken: list[tuple[int, int, int]] = []  # left, right, bottom
     for i, text in captions.items():
         rows = np.flatnonzero((labels == i).any(1))
         if len(rows):
             columns = np.flatnonzero(labels[rows[0]] == i)
             text = f"{i} {text}"
-            (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
+            (width, height), baseline = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
             x = int(np.clip(columns.mean() - width / 2, 0, max(labels.shape[1] - width, 0)))
-            place = (x, max(int(rows[0]), height + 2))
-            cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), thickness + 2, cv2.LINE_AA)
-            cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), thickness, cv2.LINE_AA)
+            y, line = max(int(rows[0]), height + 2), height + baseline
+            for left, right, bottom in sorted(taken, key=lambda box: box[2]):
+                if x < right and left < x + width and abs(y - bottom) < line:
+                    y = bottom + line
+            taken.append((x, x + width, y))
+            for dx, dy, colour in ((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, 255)):  # a thicker text would be a wider one
+                cv2.putText(image, text, (x + dx, y + dy), cv2.FONT_HERSHEY_SIMPLEX, scale, (colour,) * 3, thickness, cv2.LINE_AA)

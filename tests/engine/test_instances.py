@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Video instance segmentation end to end, with small networks of random weights: mechanics, no accuracy."""
 
+import errno
 import json
+import os
 
 import av
 import cv2
@@ -12,8 +14,9 @@ from pyvseg.cli.main import main
 from pyvseg.engine.instances import segment
 from pyvseg.engine.types import Frame
 from pyvseg.errors import VideoError
-from pyvseg.models import zoo
+from pyvseg.models import spool, zoo
 from pyvseg.models.categories import OVIS, YOUTUBE_VIS_2019, YOUTUBE_VIS_2021
+from pyvseg.video import writer
 from pyvseg.video.rle import decode_rle
 
 NAMES = ["mask2former_video_r50_ytvis19", "minvis_r50_ytvis21", "ctvis_r50_ovis", "vita_r50_ytvis19", "genvis_r50_ytvis19_semionline"]
@@ -51,11 +54,34 @@ def test_clear_errors(small, clip, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (3, 400), (300, 2)])
-def test_one_frame_of_any_shape(height, width, small):
-    model = zoo.load("minvis_r50_ytvis21", weights=small("minvis_r50_ytvis21"))
-    tracks = segment(model, [Frame(0, np.zeros((height, width, 3), np.uint8), "0")])
-    assert tracks[0].masks.shape == (1, height, width) and np.isfinite(tracks.scores).all()
+@pytest.mark.parametrize("name", NAMES)
+def test_one_frame_of_any_shape(name, small):
+    model = zoo.load(name, weights=small(name))
+    for height, width in ((1, 1), (3, 400), (300, 2)):
+        tracks = segment(model, [Frame(0, np.zeros((height, width, 3), np.uint8), "0")])
+        assert tracks[0].masks.shape == (1, height, width) and np.isfinite(tracks.scores).all()
+
+
+def test_damaged_weights_and_full_disks(small, clip, tmp_path, capsys, monkeypatch):
+    """One line each, and nothing is left."""
+    name = "minvis_r50_ytvis21"
+    weights = small(name)
+    run = ["run", str(clip), "--model", name, "--out", str(tmp_path / "out"), "--weights"]
+    for keep in (20, weights.stat().st_size // 2):
+        part = tmp_path / "part.safetensors"
+        part.write_bytes(weights.read_bytes()[:keep])
+        assert main([*run, str(part)]) == 2 and "damaged" in capsys.readouterr().err
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for place, what, message in ((spool.SpooledTemporaryFile, "write", "temporary folder"), (writer, "write_labels", "cannot write")):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, what, full)
+            assert main([*run, str(weights)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and message in lines[0] and "No space left" in lines[0]
+        assert not (tmp_path / "out").exists()
 
 
 def test_frames_of_another_size_and_no_frames(small):
