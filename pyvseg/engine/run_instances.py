@@ -218,13 +218,13 @@ class _Lane:
             return False
         shown = _shown(tracks, self.run.options.score_threshold)
         with span("write", self.output.name):
-            write_tracks(self.targets.work / "tracks.json", self.job.id or self.output.name, tracks, self.run.categories)
+            entries = write_tracks(self.targets.work / "tracks.json", self.job.id or self.output.name, tracks, self.run.categories)
         if not self._draw(tracks, shown):
             return False
         with span("write", self.output.name):
             self.output.finish()
         self._threads.close()
-        self.run.tracks += len(tracks)
+        self.run.tracks += entries
         self.run.shown += len(shown)
         return True
 

@@ -89,22 +89,23 @@ class OverlayWriter:
         self.temporary.unlink(missing_ok=True)
 
 
-def write_tracks(path: Path, video_id: int | str, tracks, categories: tuple[int | None, ...] | None = None) -> None:
+def write_tracks(path: Path, video_id: int | str, tracks, categories: tuple[int | None, ...] | None = None) -> int:
     """A `VideoInstances` in the form of YouTube-VIS results, one entry per track: what the evaluation server takes.
 
     [{"video_id": ID, "score": 0.9, "category_id": 1, "segmentations": [{"size": [H, W], "counts": "..."}, null, ...]}, ...]
 
-    categories: the category id of each class, None for classes that are left out; by default class + 1.
+    categories: the category id of each class, None for classes that are left out; by default class + 1. Returns the entries.
     """
-    separator = "["
+    separator, entries = "[", 0
     with output_errors(path), open(path, "w", encoding="ascii") as out:
         for track in tracks:
             category = track.label + 1 if categories is None else categories[track.label]
             if category is not None:
                 entry = {"video_id": video_id, "score": track.score, "category_id": category, "object_id": track.object_id}
                 out.write(separator + json.dumps(entry | {"segmentations": track.rle}))
-                separator = ",\n"
-        out.write("[]\n" if separator == "[" else "]\n")
+                separator, entries = ",\n", entries + 1
+        out.write("[]\n" if not entries else "]\n")
+    return entries
 
 
 def join_tracks(parts: list[Path], path: Path) -> None:
