@@ -20,7 +20,7 @@ class Job:
     video: object  # whatever `open_video` reads
     masks: object = None  # whatever `read_masks` reads
     keep: frozenset[str] | None = None  # frames that the benchmark wants; None for all
-    id: int | str = ""  # what results call the video; empty: its name
+    id: int | str | None = None  # what results call the video; None: its name
     size: tuple[int, int] | None = None  # (height, width) that results must have
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pyvseg.video.types import Frame, FrameResult
 from pyvseg.video.writer import output_errors
 
 UNFINISHED = "unfinished"
+_SHARED = threading.Lock()  # for what videos that finish at the same time have in common: the manifest and the folders above theirs
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class VideoOutput:
         with output_errors(work):
             if not first:
                 _remove(work)
-            work.mkdir(parents=True, exist_ok=True)
+            with _SHARED:
+                work.mkdir(parents=True, exist_ok=True)
             if not first:
                 self._note(0)
 
@@ -126,7 +129,8 @@ class VideoOutput:
                 if (work / name).exists():
                     target.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(work / name, target)
-            _write_json(self._manifest, dict(sorted((_read_json(self._manifest) | {self.name: self.settings}).items())))
+            with _SHARED:
+                _write_json(self._manifest, dict(sorted((_read_json(self._manifest) | {self.name: self.settings}).items())))
             self.clean()
 
     def suspend(self, save: Callable[[Path], None] | None = None, next_frame: int = 0) -> None:
@@ -145,7 +149,7 @@ class VideoOutput:
     def clean(self) -> None:
         """Removes everything unfinished of this video."""
         _remove(self.targets.work)
-        with suppress(OSError):
+        with suppress(OSError), _SHARED:
             for folder in (self.targets.work.parent, self.targets.root):
                 folder.rmdir()  # refuses unless it is empty
 

@@ -218,7 +218,8 @@ class _Lane:
             return False
         shown = _shown(tracks, self.run.options.score_threshold)
         with span("write", self.output.name):
-            entries = write_tracks(self.targets.work / "tracks.json", self.job.id or self.output.name, tracks, self.run.categories)
+            name = self.output.name if self.job.id is None else self.job.id
+            entries = write_tracks(self.targets.work / "tracks.json", name, tracks, self.run.categories)
         if not self._draw(tracks, shown):
             return False
         with span("write", self.output.name):

@@ -93,7 +93,7 @@ def test_frames_of_several_videos_pass_the_encoder_together(ready):
 def youtube_vis(root: Path, categories) -> Path:
     """Two videos with ids as they please; the JSON lies in `annotations`, the images in a folder of the split's name."""
     videos = []
-    for key, name in ((7, "cat"), (3, "dog")):
+    for key, name in ((7, "cat"), (0, "dog")):
         write_images(root / "valid" / "JPEGImages" / name, images(4))
         videos.append({"id": key, "width": 64, "height": 48, "length": 3, "file_names": [f"{name}/{t:05d}.png" for t in (0, 1, 3)]})
     (root / "annotations").mkdir()
@@ -107,7 +107,7 @@ def test_a_youtube_vis_split(tmp_path, ready):
     path = youtube_vis(tmp_path / "data", [(3 * i + 2, name.capitalize()) for i, name in enumerate(OVIS)])
     go(model, path, tmp_path / "out", pngs=False, overlay=False)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [r["video_id"] for r in results] == [7] * 6 + [3] * 6
+    assert [r["video_id"] for r in results] == [7] * 6 + [0] * 6
     assert all(r["category_id"] % 3 == 2 and len(r["segmentations"]) == 3 for r in results)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["manifest.json", "results.json", "tracks"]
     go(model, tmp_path / "data", tmp_path / "from the folder", pngs=False, overlay=False)
