@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 
 from benchmarks.timing import Peaks, Times, Ways, graphed, measure, name
 from pyvseg.ops import _dispatch
+from pyvseg.ops._measured import write_whole
 
 
 def on_gpu() -> bool:
@@ -92,7 +94,7 @@ def _runs(way: str, run: Callable[[], object]) -> bool:
         run()
         torch.cuda.synchronize()
     except Exception as error:
-        print(f"  {way} FAILED: {_first_line(error)}", file=sys.stderr)
+        print(f"  {way} FAILED: {first_line(error)}", file=sys.stderr)
         return False
     return True
 
@@ -102,11 +104,11 @@ def _as_graph(way: str, run: Callable[[], object]) -> Ways:
         return {f"{way}, CUDA graph": graphed(run)}
     except Exception as error:
         torch.cuda.synchronize()
-        print(f"  {way}: no CUDA graph: {_first_line(error)}", file=sys.stderr)
+        print(f"  {way}: no CUDA graph: {first_line(error)}", file=sys.stderr)
         return {}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
@@ -177,7 +179,9 @@ def machine_name(device: str) -> str:
 
 
 def machine(threads: int, device: str = "cpu") -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     gpu = {"gpu": machine_name("cuda"), "CUDA": str(torch.version.cuda)} if device == "cuda" else {}
     return gpu | {
         "cpu": machine_name("cpu"),
@@ -213,12 +217,12 @@ def write(out: Path, facts: dict[str, str], peak: Peaks, results: list[Result], 
     """STEM.json and STEM.md in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     record = {"machine": facts, "peaks": asdict(peak), "rows": [asdict(row) for _, rows, _ in results for row in rows]}
-    (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_whole(out / f"{stem}.json", json.dumps(record, indent=1) + "\n")
     lines = ["# Benchmark", "", *(f"- {name}: {fact}" for name, fact in facts.items()), f"- {describe(peak)}", ""]
     lines += ["| op | case | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
     lines += [f"| {row.op} | {row.case} | {' | '.join(cells(row))} |" for _, rows, _ in results for row in rows]
     lines += ["", *(f"- {case.op}, {case.name}: {line}" for case, _, bars in results for line in bars), ""]
-    (out / f"{stem}.md").write_text("\n".join(lines))
+    write_whole(out / f"{stem}.md", "\n".join(lines))
 
 
 def file_stem(facts: dict[str, str]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import Case
+from benchmarks.harness import Case, on_gpu
 from pyvseg.ops import KernelUpdator, kernel_update, mask_pool
 
 C = 256
@@ -119,3 +119,6 @@ def cases(quick: bool) -> Iterator[Case]:
     yield pool(1, 153, SMALL, 1.0, torch.float32, 1, True, backward=True)
     for dtype in (torch.float32, torch.bfloat16):
         yield update(1, 153, TALL, 0.08, dtype, 2, True)
+    if on_gpu():
+        for B, size in ((1, TALL), (1, (135, 240)), (4, SMALL), (16, SMALL)):
+            yield pool(B, 153, size, 0.08, torch.bfloat16, 5, True)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case
+from benchmarks.harness import Case, on_gpu
 from pyvseg.ops import mask_costs
 
 N, M = 100, 20
@@ -90,4 +90,7 @@ def cases(quick: bool) -> Iterator[Case]:
     yield sampled(f"{N} x {M}, 12,544 points sampled from 120 x 216 and 480 x 864", (120, 216), 12544)
     yield trained(f"{N} x {M}, 25,088 points, forward and backward", *masks(25088))
     if not quick:
-        yield case(f"{N} x {M}, 720p tubes of 5 x 180 x 320", *masks(5, 180, 320), quick)
+        yield case(f"{N} x {M}, 720p tubes of 5 x 180 x 320", *masks(5, 180, 320), True)
+    if on_gpu():
+        yield case(f"{N} x {M}, 1080p tubes of 5 x 270 x 480", *masks(5, 270, 480), True)
+        yield case(f"{N} x {M}, tubes of 16 x 120 x 214", *masks(16, 120, 214), True)

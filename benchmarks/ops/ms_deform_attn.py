@@ -17,9 +17,15 @@ try:
 except ImportError:  # not installed, or built for another PyTorch
     peer = None
 
+try:  # the CUDA extension of Deformable-DETR (2020), built from its repository
+    from MultiScaleDeformableAttention import ms_deform_attn_forward as original
+except ImportError:
+    original = None
+
 H, D, P = 8, 32, 4
-PEER = "torch-ms-deform-attn"
+PEER, ORIGINAL = "torch-ms-deform-attn", "Deformable-DETR's CUDA kernel"
 Shapes = list[tuple[int, int]]
+GPU_BARS = (5.0, 1.0)  # times eager PyTorch, and a peer
 
 
 def published(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -60,9 +66,14 @@ def inputs(shapes: Shapes, B: int, queries: int | None = None, D: int = D) -> tu
     return torch.randn(B, S, H, D), points, 3 * torch.randn(B, Q, H, L, P, 2), torch.randn(B, Q, H, L, P)
 
 
-def by_peer(shapes: Shapes) -> Callable:
+def sizes_of(shapes: Shapes) -> tuple[Tensor, Tensor]:
+    """Height and width of each level and where it starts, as published kernels take them."""
     sizes = torch.tensor(shapes)
-    starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
+    return sizes, torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
+
+
+def by_peer(shapes: Shapes) -> Callable:
+    sizes, starts = sizes_of(shapes)
     return lambda value, _, locations, weights: peer(value, sizes, starts, locations, weights)
 
 
@@ -79,6 +90,9 @@ def case(name: str, shapes: Shapes, args: tuple[Tensor, ...], dtype: torch.dtype
     if peer:
         run = by_peer(shapes)
         ways[PEER] = lambda: run(value, shapes, locations, weights)
+    if original and on_gpu():
+        step = min(value.shape[0], 64)
+        ways[ORIGINAL] = lambda sizes=sizes_of(shapes): original(value, *sizes, locations, weights, step)
     if not quick:
         ways["pyvseg reference"] = lambda: reference(narrow, shapes, locations, weights)
         compiled = torch.compile(published, dynamic=False)
@@ -88,6 +102,8 @@ def case(name: str, shapes: Shapes, args: tuple[Tensor, ...], dtype: torch.dtype
     wanted = {("pyvseg", "published"): bars[0], ("pyvseg, fused", "published, from offsets"): bars[0]} if bars else {}
     if bars and peer:
         wanted[("pyvseg", PEER)] = bars[1]
+    if ORIGINAL in ways and dtype == torch.bfloat16:
+        wanted[("pyvseg", ORIGINAL)] = 2
     fused = {way: traffic + raw[0].nbytes for way in ("pyvseg, fused", "published, from offsets")}
     name += f", {str(dtype).removeprefix('torch.')}"
     return Case("ms_deform_attn", name, ways, traffic, 8.0 * weights.numel() * value.shape[3], torch.float32, wanted, fused)
@@ -150,7 +166,7 @@ def module(name: str, shapes: Shapes, quick: bool) -> Case:
 def cases(quick: bool) -> Iterator[Case]:
     for height, width in ((480, 864), (384, 640)):
         name, shapes = f"{height}x{width}", pyramid(height, width)
-        bars, both = (None, None) if on_gpu() else ((25, 4), (15, 3.5))
+        bars, both = (GPU_BARS, GPU_BARS) if on_gpu() else ((25, 4), (15, 3.5))
         yield case(name, shapes, inputs(shapes, 1), torch.float32, quick, bars)
         yield backward(name, shapes, inputs(shapes, 1), both)
         yield module(name, shapes, quick)
@@ -169,6 +185,6 @@ def cases(quick: bool) -> Iterator[Case]:
     shapes = [(100, 134), (50, 67), (25, 34), (13, 17)]
     yield case("300 queries on 4 levels, 800x1072", shapes, inputs(shapes, 1, 300), torch.float32, True, None)
     if on_gpu():
-        for B in (4, 16):
-            shapes = pyramid(480, 864)
-            yield case(f"480x864, {B} frames", shapes, inputs(shapes, B), torch.bfloat16, True, None)
+        for height, width, B in ((384, 640, 1), (736, 1280, 1), (1088, 1920, 1), (480, 864, 4), (480, 864, 16)):
+            shapes = pyramid(height, width)
+            yield case(f"{height}x{width}, {B} frames", shapes, inputs(shapes, B), torch.bfloat16, True, GPU_BARS)

@@ -54,4 +54,11 @@ def write(new: list[dict]) -> None:
     key = lambda row: (row["op"], row["device"], row["machine"], row["dtype"], row["elements"])  # noqa: E731
     merged = {key(row): row for row in (*rows(), *new)}
     lines = ",\n".join(json.dumps(merged[each]) for each in sorted(merged))
-    FILE.write_text(f"[\n{lines}\n]\n")
+    write_whole(FILE, f"[\n{lines}\n]\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """The old content or the new, whenever the process ends."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(text)
+    new.replace(file)

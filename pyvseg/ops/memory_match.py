@@ -6,7 +6,6 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyvseg.ops import _dispatch
@@ -127,6 +126,8 @@ def hungarian_assignment(
     The scores are copied to the host once. A pair of NaN or infinite score is the last resort and never returned.
     Raises ValueError for shapes, TypeError for dtypes, naming the argument.
     """
+    from scipy.optimize import linear_sum_assignment  # here: kernels run where only torch is
+
     scores = _on_host(scores)
     *batch, N, M = scores.shape
     match = torch.full((math.prod(batch), N), -1)

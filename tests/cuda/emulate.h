@@ -2,7 +2,8 @@
 // Runs CUDA kernels on the CPU: every thread of a block is a fiber, blocks run one after the other.
 //
 // launch.cuh includes it under PYVSEG_EMULATE, after the CUDA toolkit's own headers, which a plain compiler can read too.
-// Threads of a block are resumed in ascending and descending order by turns, so that a missing barrier shows. Errors:
+// A missing barrier shows: from one barrier to the next each warp runs alone, as far ahead of the others as a GPU might let
+// it, and the order of warps and of lanes ascends and descends by turns. Errors:
 // threads that wait at different barriers, or for a lane that never comes; more threads or shared memory than every
 // supported GPU has. Dynamic shared memory starts as NaN in each block and ends where the launch said (AddressSanitizer sees it).
 #pragma once
@@ -213,10 +214,31 @@ inline bool release_barrier(unsigned threads) {
   return true;
 }
 
+// Runs a warp's lanes, in ascending and descending order by turns, until none can go on.
+inline void run_warp(unsigned first, unsigned lanes, bool descending) {
+  for (bool moved = true; moved; descending = !descending) {
+    moved = false;
+    for (unsigned step = 0; step < lanes; ++step) {
+      Fiber& fiber = *fibers[first + (descending ? lanes - 1 - step : step)];
+      if (fiber.state != State::kReady && !(fiber.state == State::kMeeting && fiber.waits_for->complete)) continue;
+      moved = true;
+      fiber.state = State::kReady;
+      resume(&fiber);
+      if (block.failure) return;
+      if (fiber.state != State::kDone) continue;
+      --block.alive;
+      fiber.warp->alive &= ~(1u << fiber.lane);
+      for (auto& meeting : fiber.warp->meetings)
+        if (!meeting->complete) try_complete(*meeting, *fiber.warp);
+    }
+  }
+}
+
 inline void run_block(unsigned threads, bool descending) {
+  const unsigned warps = (threads + kLanes - 1) / kLanes;
   block.failure = nullptr;
   block.warps.clear();
-  block.warps.resize((threads + kLanes - 1) / kLanes);
+  block.warps.resize(warps);
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = *fibers[i];
     fiber.state = State::kReady;
@@ -226,21 +248,11 @@ inline void run_block(unsigned threads, bool descending) {
     fiber.warp->alive |= 1u << fiber.lane;
   }
   for (block.alive = threads; block.alive; descending = !descending) {
-    bool moved = false;
-    for (unsigned step = 0; step < threads; ++step) {
-      Fiber& fiber = *fibers[descending ? threads - 1 - step : step];
-      if (fiber.state != State::kReady && !(fiber.state == State::kMeeting && fiber.waits_for->complete)) continue;
-      moved = true;
-      fiber.state = State::kReady;
-      resume(&fiber);
-      if (block.failure) break;
-      if (fiber.state != State::kDone) continue;
-      --block.alive;
-      fiber.warp->alive &= ~(1u << fiber.lane);
-      for (auto& meeting : fiber.warp->meetings)
-        if (!meeting->complete) try_complete(*meeting, *fiber.warp);
+    for (unsigned w = 0; w < warps && !block.failure; ++w) {
+      const unsigned first = (descending ? warps - 1 - w : w) * kLanes;
+      run_warp(first, threads - first < kLanes ? threads - first : kLanes, descending);
     }
-    if (!block.failure && (moved || !block.alive || release_barrier(threads))) continue;
+    if (!block.failure && (!block.alive || release_barrier(threads))) continue;
     const std::string text = describe(threads);
     for (auto& fiber : fibers) fiber->started = fiber->started && fiber->state == State::kDone;
     throw std::runtime_error(text);

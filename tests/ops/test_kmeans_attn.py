@@ -8,7 +8,6 @@ from torch import Tensor
 
 from pyvseg.ops import kmeans_assign, kmeans_attn, kmeans_pool
 from pyvseg.ops.kmeans_attn import reference, reference_pool
-from pyvseg.verify import verify_case
 from tests.conftest import shared
 from tests.ops.implementations import implementations
 from tests.ops.numerics import assert_as_exact
@@ -352,6 +351,8 @@ def test_other_floating_dtypes_take_the_reference():
 
 
 def test_published_results(isa):
+    from pyvseg.verify import verify_case  # here, as it needs what the GPU machines' tests do without
+
     report = verify_case(shared("parity", "ops-kmeans_cross_attention"))
     assert report.passed, report
     assert sum(line.verdict == "ok" for line in report.lines) == 35
