@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Video instance segmentation end to end, beside the published formulation: `python -m benchmarks.models.instances --model NAME`.
+
+The published formulation is the same network as its papers describe it, in plain PyTorch: frame by frame, channels first,
+batch norms as they stand, deformable attention by `grid_sample`, attention by `nn.MultiheadAttention`'s function with one
+mask per head, and after every layer the masks of all queries at stride 4, resized to the next level. From frames in memory
+to tracks as RLE. Weights are random but fixed, and spread so that queries differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.harness import machine
+from pyvseg import demo
+from pyvseg.engine.allocator import keep_freed_memory
+from pyvseg.engine.instances import InstanceSegmentation
+from pyvseg.engine.types import Frame
+from pyvseg.layers.attention import Attention
+from pyvseg.layers.inference import for_inference
+from pyvseg.layers.mask_decoder import MaskDecoder
+from pyvseg.layers.pixel_decoder import PixelFeatures
+from pyvseg.models.vita import VITA
+from pyvseg.models.zoo import SYSTEMS, variant
+from pyvseg.ops import _dispatch
+from pyvseg.video.reader import open_video
+from pyvseg.video.resize import resize_bilinear
+
+SIZE = (360, 640)
+PUBLISHED, FLOAT32, BFLOAT16 = "published", "pyvseg float32", "pyvseg bfloat16"
+
+
+class PublishedAttention(Attention):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            mask = mask.expand(-1, self.heads, -1, -1).flatten(0, 1)
+            mask = ~mask if mask.dtype == torch.bool else mask
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        out, _ = F.multi_head_attention_forward(
+            query, key, value, query.shape[-1], self.heads, self.in_proj_weight, self.in_proj_bias, None, None, False, 0.0,
+            self.out_proj.weight, self.out_proj.bias, training=False, attn_mask=mask,
+        )  # fmt: skip
+        return out.transpose(0, 1)
+
+
+class PublishedDecoder(MaskDecoder):
+    def refine(self, features: PixelFeatures, *, clips: int = 1) -> Iterator[Tensor]:
+        frames = self._frames(features, clips)
+        memory = [self._memory(level, i, frames) for i, level in enumerate(features.levels)]
+        maps = features.masks.unflatten(0, (-1, frames or 1))  # (B, T, M, h, w)
+        x = self.query_feat.weight.expand(len(maps), -1, -1)
+        for i, layer in enumerate(self.layers):
+            queries = self.decoder_norm(x)
+            yield queries
+            self.class_embed(queries)
+            masks = torch.einsum("bqc,btchw->bqthw", self.mask_embed(queries), maps)
+            size = features.levels[i % self.scales].shape[-2:]
+            small = F.interpolate(masks.flatten(0, 1), size, mode="bilinear", align_corners=False).unflatten(0, masks.shape[:2])
+            x = layer(x, self.query_embed.weight, *memory[i % self.scales], small.flatten(2).sigmoid() < 0.5)
+        yield self.decoder_norm(x)
+
+
+def network(name: str, *, published: bool = False) -> nn.Module:
+    chosen = variant(name)
+    torch.manual_seed(0)
+    model = SYSTEMS[chosen.system].network(replace(chosen.settings, short_side=SIZE[0])).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, Attention):
+            module.in_proj_weight *= 2  # attention that is sharp keeps queries apart
+        if published and isinstance(module, (Attention, MaskDecoder)):
+            module.__class__ = PublishedAttention if isinstance(module, Attention) else PublishedDecoder
+    return model
+
+
+class Clock:
+    """Seconds by stage; the time of an inner stage is not counted in the outer one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._running: list[str] = []
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._lap()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._lap()
+            self._running.pop()
+
+    def _lap(self) -> None:
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] = self.seconds.get(self._running[-1], 0.0) + now - self._since
+        self._since = now
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            with self.stage(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    def steps(self, name: str, generate: Callable) -> Callable:
+        def call(*args, **kwargs):
+            generator, end = generate(*args, **kwargs), object()
+            while True:
+                with self.stage(name):
+                    item = next(generator, end)
+                if item is end:
+                    return
+                yield item
+
+        return call
+
+    def watch(self, model: nn.Module) -> None:
+        model.backbone.forward = self.timed("backbone", model.backbone.forward)
+        model.pixel_decoder.forward = self.timed("pixel decoder", model.pixel_decoder.forward)
+        model.decoder.refine = self.steps("decoder", model.decoder.refine)
+        model.decoder.predict = self.timed("decoder", model.decoder.predict)
+        if isinstance(model, VITA):
+            for method in ("encode", "decode"):
+                setattr(model.video, method, self.timed("video module", getattr(model.video, method)))
+        model.link = self.timed("association", model.link)
+        model.finish = self.timed("upsampling, encoding", model.finish)
+
+
+class Way:
+    """One way to segment the frames, with its clock."""
+
+    def __init__(self, name: str, model: str) -> None:
+        self.published = name == PUBLISHED
+        self.model = network(model, published=self.published)
+        if not self.published:
+            for_inference(self.model, torch.float32 if name == FLOAT32 else torch.bfloat16)
+        self.clock = Clock()
+        self.clock.watch(self.model)
+        self.best = (float("inf"), float("inf"), {})
+
+    @torch.inference_mode()
+    def run(self, images: np.ndarray) -> None:
+        """Keeps the best (seconds, CPU seconds, seconds by stage) of all runs."""
+        self.clock.seconds.clear()
+        wall, cpu = time.perf_counter(), time.process_time()
+        with _dispatch.backend("reference" if self.published else "auto"), self.clock.stage("frames, kept masks"):
+            segmentation = InstanceSegmentation(self.model)
+            if self.published:
+                segmentation.clip_length = getattr(self.model.settings, "clip_length", 1)
+            for i, image in enumerate(images):
+                segmentation.step(Frame(i, image, str(i)))
+            segmentation.finish()
+        self.best = min(self.best, (time.perf_counter() - wall, time.process_time() - cpu, dict(self.clock.seconds)), key=lambda b: b[0])
+
+
+@torch.inference_mode()
+def predictions(model: nn.Module, images: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Class probabilities (..., K + 1) and mask logits at stride 4 of all queries."""
+    s = model.settings
+    segmentation = InstanceSegmentation(model)
+    segmentation.step(Frame(0, images[0], "0"))
+    x = segmentation.size.input(images, s.mean, s.std)
+    if not isinstance(model, VITA):
+        last = model(x)[-1]
+        return last.logits.float().softmax(-1), last.masks.float()
+    tokens = model.encode(x)
+    queries = model.video.decoder_norm(model.video.decode(model.video.encode(tokens.queries[None]))[-1])[0]
+    masks = model.video.mask_embed(queries) @ tokens.masks.flatten(2)
+    return model.video.class_embed(queries).float().softmax(-1), masks.float()
+
+
+def deviation(name: str, images: np.ndarray) -> dict[str, float]:
+    """Of bfloat16 from float32, over all queries: pixels whose mask differs, mean and largest change of a class probability."""
+    (p, m), (q, n) = (predictions(for_inference(network(name), dtype), images) for dtype in (torch.float32, torch.bfloat16))
+    return {
+        "mask pixels that differ, %": 100 * ((m > 0) != (n > 0)).float().mean().item(),
+        "set mask pixels, %": 100 * (m > 0).float().mean().item(),
+        "mean change of a probability": (p - q).abs().mean().item(),
+        "largest change of a probability": (p - q).abs().max().item(),
+    }
+
+
+def main(
+    model: tuple[str, ...] = ("minvis_r50_ytvis19", "ctvis_r50_ytvis19"),
+    video: Path | None = None,
+    frames: int = 8,
+    rounds: int = 2,
+    threads: int = 2,
+    out: Path | None = None,
+) -> None:
+    """Time video instance segmentation at 360 x 640.
+
+    Args:
+        model: names of `pyvseg models`, one after the other.
+        video: where the frames come from, resized; default: the demo's clip.
+        frames: how many.
+        rounds: every way runs once per round, in turn, and the best counts.
+        threads: of PyTorch.
+        out: write the figures as JSON.
+    """
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    images = np.stack([frame.image for frame in open_video(video or demo.clip()).part(0, frames)])
+    images = resize_bilinear(images, SIZE)
+    record = {"machine": machine(threads), "size": SIZE, "frames": frames, "models": {}}
+    console = Console(width=140)
+    for name in model:
+        ways = {way: Way(way, name) for way in (PUBLISHED, FLOAT32, BFLOAT16)}
+        for _ in range(rounds):
+            for way in ways.values():
+                way.run(images)
+        rows = {way: _row(*found.best, frames) for way, found in ways.items()}
+        record["models"][name] = {**rows, "bfloat16 deviates": deviation(name, images[:4])}
+        console.print(_table(name, rows), record["models"][name]["bfloat16 deviates"])
+    if out:
+        out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _row(wall: float, cpu: float, stages: dict[str, float], frames: int) -> dict:
+    return {"seconds per frame": wall / frames, "CPU seconds per frame": cpu / frames, "shares": {k: s / wall for k, s in stages.items()}}
+
+
+def _table(name: str, rows: dict[str, dict]) -> Table:
+    table = Table(title=f"{name}: seconds per frame")
+    stages = list(rows[PUBLISHED]["shares"])
+    for column in ("way", "seconds", "ratio", "CPU ratio", *stages):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    base = rows[PUBLISHED]
+    for way, row in rows.items():
+        ratios = [f"{base[key] / row[key]:.2f}x" for key in ("seconds per frame", "CPU seconds per frame")]
+        table.add_row(way, f"{row['seconds per frame']:.3f}", *ratios, *(f"{100 * row['shares'].get(stage, 0):.0f} %" for stage in stages))
+    return table
+
+
+if __name__ == "__main__":
+    tyro.cli(main, prog="python -m benchmarks.models.instances")
