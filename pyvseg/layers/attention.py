@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvseg.layers.inference import Linear
+from pyvseg.layers.packed import Linear
 
 
 class Attention(nn.Module):
@@ -23,14 +23,15 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """query (B, N, C), key and value (B, M, C) -> (B, N, C).
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
+        """query (B, N, C), key and value (B, M, C) -> (B, N, C), plus `residual` of that shape.
 
         mask   broadcastable to (B, 1, N, M): bool, False where a query must not look, or added to the logits
         """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         projected = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)]
-        return self.out_proj(_attend(*projected, self.heads, mask))
+        out = self.out_proj(_attend(*projected, self.heads, mask))
+        return out if residual is None else residual + out
 
     def for_inference(self) -> nn.Module:
         return _FastAttention(self)
@@ -46,8 +47,8 @@ class _FastAttention(nn.Module):
         self.q, self.k, self.v = (_linear(w, b) for w, b in zip(weights, biases))
         self.out_proj = Linear(attention.out_proj)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.out_proj(_attend(self.q(query), self.k(key), self.v(value), self.heads, mask))
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
+        return self.out_proj(_attend(self.q(query), self.k(key), self.v(value), self.heads, mask), residual=residual)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Tensor:
@@ -75,6 +76,20 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x + self.linear2(self.linear1(x).relu_()))
 
+    def for_inference(self) -> nn.Module:
+        return FastFeedForward(self.linear1, self.linear2, self.norm)
+
+
+class FastFeedForward(nn.Module):
+    """`FeedForward` of two layers and a norm; ReLU and addition happen inside the layers."""
+
+    def __init__(self, linear1: nn.Linear, linear2: nn.Linear, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.linear1, self.linear2, self.norm = Linear(linear1), Linear(linear2), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear2(self.linear1(x, relu=True), residual=x))
+
 
 class MLP(nn.Module):
     """`layers` linear layers with ReLU between them; none make it the identity."""
@@ -87,4 +102,18 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for i, layer in enumerate(self.layers):
             x = layer(x.relu_() if i else x)
+        return x
+
+    def for_inference(self) -> nn.Module:
+        return _FastMLP(self)
+
+
+class _FastMLP(nn.Module):
+    def __init__(self, mlp: MLP) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Linear(layer) for layer in mlp.layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers, 1):
+            x = layer(x, relu=i < len(self.layers))
         return x

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""3x3 convolutions for inference."""
+"""Convolutions for inference."""
 
 from __future__ import annotations
 
@@ -7,59 +7,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyvseg.layers.packed import Packed, pack_conv, packed_conv, packs
 from pyvseg.ops import conv3x3, conv3x3_weight
 from pyvseg.ops._dispatch import choose
 
 FEW_OUTPUTS = 2  # up to so many, nine 1x1 convolutions at once are faster than one 3x3
 
 
-def fast_conv3x3(conv: nn.Conv2d) -> nn.Module:
-    """A module with forward(x, *, relu_input=False, residual=None) = conv(relu(x) if relu_input else x) + residual.
+def fast_conv(conv: nn.Conv2d) -> nn.Module:
+    """A module with forward(x, *, relu_input=False, residual=None, relu=False) = conv(relu(x) if relu_input else x) + residual,
+    then ReLU where `relu`.
 
-    Takes the fast way for float32 on the CPU when `conv` is 3x3 of stride, padding and dilation 1 without groups, no
-    gradient is asked for, and the size makes it pay; `conv` itself serves everything else. The weight is transformed at
-    the first such call: change it afterwards only by `load_state_dict`, `to` or the like.
+    Takes a fast way on the CPU when `conv` has no groups and no gradient is asked for: our kernel for float32, 3x3, stride,
+    padding and dilation 1, where the size makes it pay, else oneDNN with the weight packed. `conv` itself serves everything
+    else. The weight is transformed at the first such call: see `layers.packed.Packed`.
     """
-    return _FastConv3x3(conv)
+    return _FastConv(conv)
 
 
-class _FastConv3x3(nn.Module):
+class _FastConv(Packed):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv
-        self._prepared = None
 
-    def forward(self, x: Tensor, *, relu_input: bool = False, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, relu_input: bool = False, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         way = self._way(x)
-        if way is not None and self._prepared is None:
-            self._prepared = _tap_weight(self.conv.weight) if way == "taps" else conv3x3_weight(self.conv.weight)
+        if self.packed is None or self.packed[0] != way:
+            self.packed = way, self._prepare(way, x)
+        prepared = self.packed[1]
         if way == "winograd":
-            return conv3x3(x, self._prepared, self.conv.bias, relu_input=relu_input, residual=residual)
+            y = conv3x3(x, prepared, self.conv.bias, relu_input=relu_input, residual=residual)
+            return y.relu_() if relu else y
         x = x.relu() if relu_input else x
-        y = self.conv(x) if way is None else _sum_of_taps(x, self._prepared, self.conv.bias)
-        return y if residual is None else y.add_(residual)
+        if way == "packed":
+            return packed_conv(self.conv, prepared, x, residual, relu)
+        y = self.conv(x) if way is None else _sum_of_taps(x, prepared, self.conv.bias)
+        y = y if residual is None else y.add_(residual)
+        return y.relu_() if relu else y
+
+    def _prepare(self, way: str | None, x: Tensor) -> object:
+        if way == "taps":
+            return _tap_weight(self.conv.weight)
+        if way == "winograd":
+            return conv3x3_weight(self.conv.weight)
+        return pack_conv(self.conv, x.shape) if way == "packed" else None
 
     def _way(self, x: Tensor) -> str | None:
-        """"winograd", "taps", or None for the convolution itself. Measured on two cores with AVX-512."""
-        weight = self.conv.weight
-        if x.device.type != "cpu" or weight.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
-            return None
-        if x.ndim != 4 or not _is_plain(self.conv) or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        """"winograd", "taps", "packed", or None for the convolution itself. Measured on two cores with AVX-512."""
+        conv = self.conv
+        if x.ndim != 4 or conv.groups > 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or not packs(x, conv.weight):
             return None
         positions = x.shape[0] * x.shape[2] * x.shape[3]
-        if self.conv.out_channels <= FEW_OUTPUTS:
-            return "taps" if self.conv.in_channels >= 64 and positions >= 64 else None
-        if min(self.conv.in_channels, self.conv.out_channels) < 32 or positions < 64:
-            return None
-        return "winograd" if choose("conv3x3", "auto", x, slower="3 times") == "cpu" else None
-
-    def _apply(self, *args, **kwargs) -> nn.Module:
-        self._prepared = None
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args) -> None:
-        self._prepared = None
-        super()._load_from_state_dict(*args)
+        if x.dtype != torch.float32 or positions < 64 or not _is_plain(conv):
+            return "packed"
+        if conv.out_channels <= FEW_OUTPUTS and conv.in_channels >= 64:
+            return "taps"
+        if min(conv.in_channels, conv.out_channels) < 32 or choose("conv3x3", "auto", x, slower="3 times") != "cpu":
+            return "packed"
+        return "winograd"
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:

@@ -1,31 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turning a trained network into the form that runs fastest: batch norms folded, channels last, 3x3 convolutions on our kernel."""
+"""Turning a trained network into the form that runs fastest: batch norms folded, channels last, our kernels and packed weights."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from pyvseg.layers.conv import fast_conv3x3
-
-
-class Linear(nn.Module):
-    """`nn.Linear` for inference. In float32 on a CPU it runs as a 1x1 convolution: oneDNN's kernels behind that are about
-    twice as fast as the matrix library behind `F.linear` on current AMD processors, and no slower elsewhere."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0:
-            return F.linear(x, self.weight, self.bias)
-        rows = x.reshape(1, 1, -1, self.in_features).permute(0, 3, 1, 2)
-        y = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+from pyvseg.layers.conv import fast_conv
+from pyvseg.layers.packed import Linear
 
 
 def fold_batch_norms(root: nn.Module) -> None:
@@ -51,7 +34,8 @@ def fold_batch_norms(root: nn.Module) -> None:
 def for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """`model` in evaluation mode, folded, in `dtype` and channels last; changed in place and returned.
 
-    Dense 3x3 convolutions of stride 1 become `layers.conv.fast_conv3x3` modules: same result, inference only.
+    Convolutions without groups become `layers.conv.fast_conv` modules and linear layers `layers.packed.Linear`: same result,
+    inference only. A block that has a faster form of itself gives it by a method `for_inference`.
     """
     model.eval().requires_grad_(False)
     fold_batch_norms(model)
@@ -62,6 +46,6 @@ def for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 setattr(module, name, child.for_inference())
             elif type(child) is nn.Linear:
                 setattr(module, name, Linear(child))
-            elif type(child) is nn.Conv2d and child.kernel_size == (3, 3) and child.stride == (1, 1) and child.groups == 1:
-                setattr(module, name, fast_conv3x3(child))
+            elif type(child) is nn.Conv2d and child.groups == 1:
+                setattr(module, name, fast_conv(child))
     return model

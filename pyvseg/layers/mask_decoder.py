@@ -43,9 +43,9 @@ class DecoderLayer(nn.Module):
         A query that is blocked everywhere looks everywhere.
         """
         allowed = None if blocked is None else (~blocked | blocked.all(-1, keepdim=True))[:, None]
-        x = self.cross_norm(x + self.cross_attn(x + query_embed, key, value, allowed))
+        x = self.cross_norm(self.cross_attn(x + query_embed, key, value, allowed, residual=x))
         placed = x + query_embed
-        x = self.self_norm(x + self.self_attn(placed, placed, x))
+        x = self.self_norm(self.self_attn(placed, placed, x, residual=x))
         return self.ffn(x)
 
 

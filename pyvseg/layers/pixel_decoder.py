@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyvseg.layers.attention import FastFeedForward
+from pyvseg.layers.packed import Linear
 from pyvseg.layers.position import sine_code_2d
-from pyvseg.ops import MSDeformAttn
+from pyvseg.ops import MSDeformAttn, ms_deform_attn_fused
 
 Shapes = list[tuple[int, int]]
 
@@ -45,6 +47,29 @@ class EncoderLayer(nn.Module):
         are: (B, S, levels, 2), normalised (x, y), the same for all levels."""
         x = self.norm1(x + self.self_attn(x + position, centres, x, shapes))
         return self.norm2(x + self.linear2(self.linear1(x).relu_()))
+
+    def for_inference(self) -> nn.Module:
+        return _FastEncoderLayer(self)
+
+
+class _FastEncoderLayer(nn.Module):
+    """`EncoderLayer` with additions and ReLU inside its linear layers."""
+
+    def __init__(self, layer: EncoderLayer) -> None:
+        super().__init__()
+        attention = layer.self_attn
+        self.grid = attention.n_heads, attention.n_levels, attention.n_points
+        self.value, self.offsets = Linear(attention.value_proj), Linear(attention.sampling_offsets)
+        self.weights, self.output = Linear(attention.attention_weights), Linear(attention.output_proj)
+        self.norm = layer.norm1
+        self.ffn = FastFeedForward(layer.linear1, layer.linear2, layer.norm2)
+
+    def forward(self, x: Tensor, position: Tensor, shapes: Shapes, centres: Tensor) -> Tensor:
+        query = x + position
+        value = self.value(x).unflatten(-1, (self.grid[0], -1))
+        offsets, weights = self.offsets(query).unflatten(-1, (*self.grid, 2)), self.weights(query).unflatten(-1, self.grid)
+        sums = ms_deform_attn_fused(value, shapes, centres, offsets, weights)
+        return self.ffn(self.norm(self.output(sums, residual=x)))
 
 
 class PixelDecoder(nn.Module):

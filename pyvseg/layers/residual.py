@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvseg.layers.conv import fast_conv3x3
+from pyvseg.layers.conv import fast_conv
 
 
 def conv3x3(conv: nn.Module, x: Tensor, *, relu_input: bool = False, residual: Tensor | None = None) -> Tensor:
@@ -58,8 +58,8 @@ class _FastSplitConv3x3(nn.Module):
     def __init__(self, split: SplitConv3x3) -> None:
         super().__init__()
         object_weight = split.weight[:, : split.object_inputs]
-        self.object_conv = fast_conv3x3(_conv(object_weight, None))
-        self.frame_conv = fast_conv3x3(_conv(split.weight[:, split.object_inputs :], split.bias))
+        self.object_conv = fast_conv(_conv(object_weight, None))
+        self.frame_conv = fast_conv(_conv(split.weight[:, split.object_inputs :], split.bias))
 
     def of_object(self, x: Tensor, *, relu_input: bool, residual: Tensor) -> Tensor:
         return self.object_conv(x, relu_input=relu_input, residual=residual)

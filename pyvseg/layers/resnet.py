@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from pyvseg.layers.conv import fast_conv
+
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
     """A batch norm that stays what its checkpoint says: no statistics of the batch, no gradient, no counter.
@@ -57,6 +59,23 @@ class Bottleneck(nn.Module):
         y = self.bn2(self.conv2(y)).relu_()
         y = self.bn3(self.conv3(y))
         return y.add_(x if self.downsample is None else self.downsample(x)).relu_()
+
+    def for_inference(self) -> nn.Module:
+        """Of a block whose batch norms have been folded."""
+        return _FastBottleneck(self)
+
+
+class _FastBottleneck(nn.Module):
+    """Additions and ReLUs happen inside the convolutions."""
+
+    def __init__(self, block: Bottleneck) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = (fast_conv(conv) for conv in (block.conv1, block.conv2, block.conv3))
+        self.downsample = None if block.downsample is None else fast_conv(block.downsample[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.conv1(x, relu=True), relu=True)
+        return self.conv3(y, residual=x if self.downsample is None else self.downsample(x), relu=True)
 
 
 def _downsample(inputs: int, outputs: int, stride: int, bias: bool, norm: type[nn.Module]) -> nn.Sequential | None:

@@ -21,7 +21,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, N, C), mask (B, 1, N, N) added to the logits."""
-        return self.ffn(self.norm(x + self.attn(x, x, x, mask)))
+        return self.ffn(self.norm(self.attn(x, x, x, mask, residual=x)))
 
 
 class VideoModule(nn.Module):

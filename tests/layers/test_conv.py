@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import pyvseg.ops as ops
-from pyvseg.layers.conv import fast_conv3x3
+from pyvseg.layers.conv import fast_conv
+from pyvseg.layers.packed import Linear
 from pyvseg.ops._dispatch import missing
 
 needs_kernel = pytest.mark.skipif(bool(missing("conv3x3", "cpu")), reason=missing("conv3x3", "cpu"))
@@ -14,8 +15,8 @@ needs_kernel = pytest.mark.skipif(bool(missing("conv3x3", "cpu")), reason=missin
 
 def pair(inputs: int, outputs: int, **kwargs) -> tuple[nn.Conv2d, nn.Module]:
     torch.manual_seed(inputs + outputs)
-    conv = nn.Conv2d(inputs, outputs, 3, **{"padding": 1, **kwargs}).requires_grad_(False)
-    return conv, fast_conv3x3(conv)
+    conv = nn.Conv2d(inputs, outputs, **{"kernel_size": 3, "padding": 1, **kwargs}).requires_grad_(False)
+    return conv, fast_conv(conv)
 
 
 def image(*shape: int) -> torch.Tensor:
@@ -27,8 +28,8 @@ def image(*shape: int) -> torch.Tensor:
     pytest.param(33, 65, "winograd", marks=needs_kernel),
     (64, 1, "taps"),
     (70, 2, "taps"),
-    (3, 64, None),
-    (64, 16, None),
+    (3, 64, "packed"),
+    (64, 16, "packed"),
 ])
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_way_equals_the_convolution(inputs, outputs, way, bias):
@@ -42,32 +43,58 @@ def test_every_way_equals_the_convolution(inputs, outputs, way, bias):
         before = residual.clone()
         torch.testing.assert_close(fast(x, relu_input=True, residual=residual).double(), want, rtol=0, atol=5e-6)
         assert torch.equal(residual, before)
+        torch.testing.assert_close(fast(x, residual=residual, relu=True).double(), (exact(x.double()) + residual).relu(), rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("kwargs", [
-    {"stride": 2}, {"padding": 0}, {"padding": 2, "dilation": 2}, {"groups": 2}, {"padding_mode": "reflect"}, {"padding": "same"},
+@pytest.mark.parametrize("kwargs, way", [
+    *(({"kernel_size": 1}, "packed"), ({"stride": 2}, "packed"), ({"padding": 0}, "packed"), ({"padding": 2, "dilation": 2}, "packed")),
+    *(({"groups": 2}, None), ({"padding_mode": "reflect"}, None), ({"padding": "same"}, None)),
 ])
-def test_other_convolutions_are_left_as_they_are(kwargs):
-    conv, fast = pair(64, 64, **kwargs)
-    x = image(1, 64, 12, 12)
-    assert fast._way(x) is None
-    torch.testing.assert_close(fast(x, relu_input=True), conv(x.relu()), rtol=0, atol=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_geometry(kwargs, way, dtype):
+    conv, fast = (module.to(dtype) for module in pair(64, 64, **kwargs))
+    x = image(1, 64, 12, 12).to(dtype)
+    assert fast._way(x) in (way, None if dtype == torch.bfloat16 else way)  # not every processor knows bfloat16
+    tolerance = {"rtol": 0, "atol": 5e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    plain = copy.deepcopy(conv).double()
+    torch.testing.assert_close(fast(x, relu_input=True).double(), plain(x.double().relu()), **tolerance)
+    residual = image(*conv(x).shape).to(dtype)
+    want = (plain(x.double()) + residual).relu()
+    for given in (residual, residual.contiguous()):
+        torch.testing.assert_close(fast(x, residual=given, relu=True).double(), want, **tolerance)
 
 
-def test_small_images_bfloat16_and_gradients_take_the_convolution():
+def test_gradients_take_the_convolution():
     conv, fast = pair(64, 64)
-    assert fast._way(image(1, 64, 4, 4)) is None
+    assert fast._way(image(1, 64, 4, 4)) == "packed"
     assert fast._way(image(1, 64, 16, 16).requires_grad_()) is None
-    half = copy.deepcopy(fast).to(torch.bfloat16)
-    x = image(1, 64, 16, 16).to(torch.bfloat16)
-    assert half._way(x) is None and half(x, residual=x).dtype == torch.bfloat16
+    assert fast._way(image(1, 64, 16, 16).double()) is None
 
 
 @needs_kernel
-def test_reference_backend_takes_the_convolution():
+def test_reference_backend_takes_no_kernel_of_ours():
     _, fast = pair(64, 64)
     with ops.backend("reference"):
-        assert fast._way(image(1, 64, 16, 16)) is None
+        assert fast._way(image(1, 64, 16, 16)) == "packed"
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.01), (torch.float64, 0)])
+def test_linear_with_what_follows(dtype, tolerance):
+    torch.manual_seed(0)
+    plain = nn.Linear(48, 40).to(dtype).requires_grad_(False)
+    fast, exact = Linear(plain), copy.deepcopy(plain).double()
+    close = lambda y, want: torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=2 * tolerance)
+    for x in (torch.randn(2, 7, 48), torch.randn(48, 9).T, torch.randn(48), torch.randn(1, 48).expand(3, -1), torch.randn(0, 48)):
+        x = x.to(dtype)
+        y = exact(x.double())
+        residual = torch.randn(y.shape).to(dtype)
+        before = residual.clone()
+        close(fast(x), y)
+        close(fast(x, relu=True), y.relu())
+        close(fast(x, residual=residual), y + residual)
+        assert torch.equal(residual, before)
+    close(copy.deepcopy(fast)(x), y)
+    assert fast(torch.ones(2, 48, dtype=dtype, requires_grad=True)).requires_grad
 
 
 @pytest.mark.parametrize("outputs", [1, 64])
