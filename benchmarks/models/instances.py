@@ -82,7 +82,11 @@ def network(name: str, *, published: bool = False) -> nn.Module:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         elif isinstance(module, Attention):
             module.in_proj_weight *= 2  # attention that is sharp keeps queries apart
-        if published and isinstance(module, (Attention, MaskDecoder)):
+    for name, parameter in model.named_parameters():
+        if name.endswith("mask_features.weight"):
+            parameter -= parameter.mean(1, keepdim=True)  # masks of both signs: ReLU comes before
+    for module in model.modules() if published else ():
+        if isinstance(module, (Attention, MaskDecoder)):
             module.__class__ = PublishedAttention if isinstance(module, Attention) else PublishedDecoder
     return model
 

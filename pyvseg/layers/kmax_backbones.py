@@ -45,6 +45,8 @@ class ConvNeXtSizes:
 class UnactivatedBottleneck(Bottleneck):
     """A bottleneck that activates what comes in instead of what goes out."""
 
+    activates = "input"
+
     def forward(self, x: Tensor) -> Tensor:
         x = x.relu()
         y = self.bn1(self.conv1(x)).relu_()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvseg.layers.attention import MLP, Attention, FeedForward
+from pyvseg.layers.packed import products
 from pyvseg.layers.pixel_decoder import PixelFeatures
 from pyvseg.layers.position import sine_code_2d, sine_code_3d
 
@@ -42,8 +43,8 @@ class DecoderLayer(nn.Module):
 
         A query that is blocked everywhere looks everywhere.
         """
-        allowed = None if blocked is None else (~blocked | blocked.all(-1, keepdim=True))[:, None]
-        x = self.cross_norm(self.cross_attn(x + query_embed, key, value, allowed, residual=x))
+        mask = None if blocked is None else _mask(blocked, x.dtype)[:, None]
+        x = self.cross_norm(self.cross_attn(x + query_embed, key, value, mask, residual=x))
         placed = x + query_embed
         x = self.self_norm(self.self_attn(placed, placed, x, residual=x))
         return self.ffn(x)
@@ -103,7 +104,7 @@ class MaskDecoder(nn.Module):
 
     def predict(self, queries: Tensor, masks: Tensor) -> Prediction:
         """The heads on normalised queries (B, Q, C) and mask features (B, M, [T,] h, w)."""
-        logits = self.mask_embed(queries) @ masks.flatten(2)
+        logits = products(self.mask_embed(queries), masks.flatten(2))
         return Prediction(queries, self.class_embed(queries), logits.unflatten(2, masks.shape[2:]))
 
     @torch.no_grad()
@@ -113,7 +114,7 @@ class MaskDecoder(nn.Module):
         Published is the resizing of every query's mask. Both steps are linear, so resizing the mask features gives the
         same for a hundredth of the work.
         """
-        return self.mask_embed(queries) @ small < 0
+        return products(self.mask_embed(queries), small) < 0
 
     def _memory(self, level: Tensor, index: int, frames: int | None) -> tuple[Tensor, Tensor]:
         """Keys and values (B, T * h * w, C) of one level."""
@@ -122,6 +123,12 @@ class MaskDecoder(nn.Module):
         code = (height, width, x.shape[1], x.device, x.dtype)
         value = x.flatten(2).transpose(1, 2).unflatten(0, (-1, frames or 1)).flatten(1, 2) + self.level_embed.weight[index]
         return value + (sine_code_3d(frames, *code) if self.joint else sine_code_2d(*code)), value
+
+
+def _mask(blocked: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, Q, M) bool -> what is added to the logits of attention."""
+    zero, out = (torch.full((), x, dtype=dtype, device=blocked.device) for x in (0.0, -torch.inf))
+    return torch.where(blocked & ~blocked.all(-1, keepdim=True), out, zero)
 
 
 def _by_clip(maps: Tensor, frames: int | None) -> Tensor:

@@ -48,6 +48,14 @@ class Linear(Packed):
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.packed, self.bias, "relu" if relu else "none", [], "")
 
 
+def products(rows: Tensor, columns: Tensor) -> Tensor:
+    """(B, N, C) @ (B, C, M) -> (B, N, M), fast where `columns` holds transposed rows: maps that are channels last in memory."""
+    if not packs(rows, columns):
+        return rows @ columns
+    results = [torch.ops.mkldnn._linear_pointwise(r.contiguous(), c.T.contiguous(), None, "none", [], "") for r, c in zip(rows, columns)]
+    return torch.stack(results) if len(results) > 1 else results[0][None]
+
+
 def packs(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's packed kernels serve this input: on the CPU, float32 or bfloat16 that the processor knows, no gradient."""
     if not x.device.type == weight.device.type == "cpu" or x.dtype != weight.dtype or x.numel() == 0:

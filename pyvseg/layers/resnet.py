@@ -43,6 +43,7 @@ class BasicBlock(nn.Module):
 
 class Bottleneck(nn.Module):
     expansion = 4
+    activates = "output"  # or "input"
 
     def __init__(self, inputs: int, width: int, outputs: int, stride: int, bias: bool, norm: type[nn.Module]) -> None:
         super().__init__()
@@ -66,16 +67,18 @@ class Bottleneck(nn.Module):
 
 
 class _FastBottleneck(nn.Module):
-    """Additions and ReLUs happen inside the convolutions."""
+    """Additions and ReLUs inside the convolutions."""
 
     def __init__(self, block: Bottleneck) -> None:
         super().__init__()
         self.conv1, self.conv2, self.conv3 = (fast_conv(conv) for conv in (block.conv1, block.conv2, block.conv3))
         self.downsample = None if block.downsample is None else fast_conv(block.downsample[0])
+        self.activates_output = block.activates == "output"
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.activates_output else x.relu()
         y = self.conv2(self.conv1(x, relu=True), relu=True)
-        return self.conv3(y, residual=x if self.downsample is None else self.downsample(x), relu=True)
+        return self.conv3(y, residual=x if self.downsample is None else self.downsample(x), relu=self.activates_output)
 
 
 def _downsample(inputs: int, outputs: int, stride: int, bias: bool, norm: type[nn.Module]) -> nn.Sequential | None:
