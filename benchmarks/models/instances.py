@@ -44,16 +44,15 @@ PUBLISHED, FLOAT32, BFLOAT16 = "published", "pyvseg float32", "pyvseg bfloat16"
 
 
 class PublishedAttention(Attention):
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
         if mask is not None:
             mask = mask.expand(-1, self.heads, -1, -1).flatten(0, 1)
-            mask = ~mask if mask.dtype == torch.bool else mask
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         out, _ = F.multi_head_attention_forward(
             query, key, value, query.shape[-1], self.heads, self.in_proj_weight, self.in_proj_bias, None, None, False, 0.0,
             self.out_proj.weight, self.out_proj.bias, training=False, attn_mask=mask,
         )  # fmt: skip
-        return out.transpose(0, 1)
+        return out.transpose(0, 1) if residual is None else residual + out.transpose(0, 1)
 
 
 class PublishedDecoder(MaskDecoder):
@@ -166,7 +165,7 @@ class Way:
         with _dispatch.backend("reference" if self.published else "auto"), self.clock.stage("frames, kept masks"):
             segmentation = InstanceSegmentation(self.model)
             if self.published:
-                segmentation.clip_length = getattr(self.model.settings, "clip_length", 1)
+                segmentation.frames_per_step = segmentation.clip_length or 1
             for i, image in enumerate(images):
                 segmentation.step(Frame(i, image, str(i)))
             segmentation.finish()
@@ -176,10 +175,10 @@ class Way:
 @torch.inference_mode()
 def predictions(model: nn.Module, images: np.ndarray) -> tuple[Tensor, Tensor]:
     """Class probabilities (..., K + 1) and mask logits at stride 4 of all queries."""
-    s = model.settings
     segmentation = InstanceSegmentation(model)
-    segmentation.step(Frame(0, images[0], "0"))
-    x = segmentation.size.input(images, s.mean, s.std)
+    for i, image in enumerate(images):
+        segmentation.add(Frame(i, image, str(i)))
+    x = segmentation.input()
     if not isinstance(model, VITA):
         last = model(x)[-1]
         return last.logits.float().softmax(-1), last.masks.float()
