@@ -30,6 +30,14 @@ class _FastConv(Packed):
         super().__init__()
         self.conv = conv
 
+    @property
+    def weight(self) -> Tensor:
+        return self.conv.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.conv.bias
+
     def forward(self, x: Tensor, *, relu_input: bool = False, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         way = self._way(x)
         if self.packed is None or self.packed[0] != way:
