@@ -9,6 +9,7 @@ from pyvseg.errors import PyvsegError
 
 COMMANDS = {
     "run": "follow objects through a video, a folder of images or a DAVIS/YouTube-VOS folder",
+    "batch": "segment many videos; whatever stops it, the same command goes on",
     "demo": "follow objects through a real clip that comes with the installation",
     "view": "write a page over results that opens in a browser: thumbnails, overlays, filters",
     "eval": "score results against annotations (J&F, AP, VPQ, STQ, mIoU)",

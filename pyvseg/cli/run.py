@@ -6,12 +6,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from pyvseg import __version__
 from pyvseg.errors import PyvsegError
+
+if TYPE_CHECKING:
+    from pyvseg.engine.recipe import Recipe
 
 
 @dataclass
@@ -81,48 +83,42 @@ def run(options: Run) -> None:
     from pyvseg.engine.run import run as run_engine
 
     keep_freed_memory()
-    bounds = _frame_range(options.frames)
-    if _finds_instances(options):
-        _run_instances(options, bounds)
+    bounds, recipe = _frame_range(options.frames), recipe_of(options)
+    if not recipe.needs_masks:
+        _run_instances(options, recipe, bounds)
         return
-    masks = list(options.mask) or None
-    tracker = _tracker(options)
     summary = run_engine(
-        tracker, options.video, masks, out=options.out, overlay=options.overlay, overwrite=options.overwrite, resume=options.resume,
-        frames=bounds, annotations=options.annotations, sequences=options.sequences,
+        recipe.tracker(), options.video, list(options.mask) or None, out=options.out, overlay=options.overlay, overwrite=options.overwrite,
+        resume=options.resume, frames=bounds, annotations=options.annotations, sequences=options.sequences,
     )  # fmt: skip
     report(summary)
 
 
-def _finds_instances(options: Run) -> bool:
-    from pyvseg.models import zoo
+def recipe_of(options) -> Recipe:
+    """Options that are not there keep their defaults."""
+    from pyvseg.engine.recipe import Recipe
+    from pyvseg.models.vos import DEFAULT_MEMORY_FRAMES
 
-    task = zoo.variant(options.model).task
-    if task == "image segmentation":
-        raise PyvsegError(f"{options.model} segments single images; for videos there are the video_instance models of `pyvseg models`")
-    return task == "video instance segmentation"
+    names = ("model", "weights", "device", "precision", "clip_length", "max_memory_frames", "score_threshold", "top_k", "compat", "pngs", "overlay", "at_once")
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    if "top_k" in given:
+        given["top"] = given.pop("top_k")
+    if "max_memory_frames" in given:
+        given["max_memory_frames"] = {"none": None, "default": DEFAULT_MEMORY_FRAMES}.get(given["max_memory_frames"], given["max_memory_frames"])
+    return Recipe(**given | {"weights": options.weights and str(options.weights)})
 
 
-def _run_instances(options: Run, bounds: tuple[int, int | None] | None) -> None:
-    from pyvseg.engine.run_instances import InstanceNetwork, InstanceOptions, run_instances
-    from pyvseg.models import zoo
+def _run_instances(options: Run, recipe: Recipe, bounds: tuple[int, int | None] | None) -> None:
+    from pyvseg.engine.run_instances import run_instances
 
     if options.mask:
         raise PyvsegError(f"{options.model} finds the objects itself; leave --mask out")
-    for name, value in (("--top-k", options.top_k), ("--at-once", options.at_once)):
-        if value is not None and value < 1:
-            raise PyvsegError(f"{name} {value}: must be at least 1")
-    if not (options.video.exists() and (options.weights is None or options.weights.is_file())):
-        missing = options.video if not options.video.exists() else f"weights {options.weights}"
-        raise PyvsegError(f"{missing}: no such file")
-    network = zoo.load(options.model, weights=options.weights, device=options.device, precision=options.precision)
-    at_once = options.at_once or (4 if network.device.type == "cuda" else 1)
-    settings = {"weights": str(options.weights), "precision": options.precision, "device": str(network.device), "pyvseg": __version__}
+    if not options.video.exists():
+        raise PyvsegError(f"{options.video}: no such file")
+    network, how = recipe.instances()
     summary = run_instances(
-        InstanceNetwork(network, options.model, zoo.variant(options.model).classes, settings), options.video,
-        InstanceOptions(options.score_threshold, options.top_k, options.compat, options.pngs, options.overlay, at_once),
-        out=options.out, overwrite=options.overwrite, resume=options.resume, frames=bounds, sequences=options.sequences,
-    )  # fmt: skip
+        network, options.video, how, out=options.out, overwrite=options.overwrite, resume=options.resume, frames=bounds, sequences=options.sequences
+    )
     if options.overlay:
         print(f"overlay video   {options.out / ('overlay.mp4' if summary.single else 'overlays')}")
     if options.pngs:
@@ -161,30 +157,3 @@ def _frame_range(text: str | None) -> tuple[int, int | None] | None:
         return int(start or 0), int(stop) if stop else None
     except ValueError:
         raise PyvsegError(f"--frames {text}: expected START:STOP, for example 0:100") from None
-
-
-def _tracker(options: Run):
-    """Loads the model; nothing has been written yet when this fails."""
-    if options.clip_length is not None and options.clip_length < 1:
-        raise PyvsegError(f"--clip-length {options.clip_length}: must be at least 1")
-    if isinstance(options.max_memory_frames, int) and options.max_memory_frames < 1:
-        raise PyvsegError(f"--max-memory-frames {options.max_memory_frames}: must be at least 1, or none")
-    if options.weights is not None and not options.weights.is_file():
-        raise PyvsegError(f"weights {options.weights}: no such file")
-    from pyvseg.engine.run import Tracker
-    from pyvseg.engine.propagate import Propagation, look_ahead
-    from pyvseg.models import zoo
-    from pyvseg.models.vos import DEFAULT_MEMORY_FRAMES, VOSState
-
-    model = zoo.load(options.model, weights=options.weights, device=options.device, precision=options.precision)
-    bound = {"none": None, "default": DEFAULT_MEMORY_FRAMES}.get(options.max_memory_frames, options.max_memory_frames)
-
-    def propagation(saved: Path | None) -> Propagation:
-        state = VOSState.load(saved, model.device) if saved else None
-        return Propagation(model, clip_length=options.clip_length, max_memory_frames=bound, state=state)
-
-    settings = {
-        "model": options.model, "weights": str(options.weights), "clip_length": options.clip_length or model.settings.clip_length,
-        "max_memory_frames": bound, "precision": options.precision, "device": str(model.device), "pyvseg": __version__,
-    }  # fmt: skip
-    return Tracker(propagation, settings, settings["clip_length"], look_ahead)

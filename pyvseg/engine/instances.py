@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyvseg.engine.trace import span
 from pyvseg.engine.types import Frame
 from pyvseg.errors import PyvsegError, VideoError
 from pyvseg.models.frame_size import FrameSize
@@ -53,7 +54,8 @@ class InstanceSegmentation:
     def input(self) -> Tensor:
         """The added frames as the network takes them."""
         s, images = self.model.settings, np.stack(self.pending)
-        return self.state.size.input(images, s.mean, s.std, self.model.device)
+        with span("preprocess"):
+            return self.state.size.input(images, s.mean, s.std, self.model.device)
 
     def take(self, features: Any) -> None:
         """The features of the added frames: segments and links them clip by clip."""
@@ -89,9 +91,11 @@ def advance(videos: list[InstanceSegmentation], at_once: int = 1) -> None:
         if at_once > 1:
             spare = at_once * group[0].frames_per_step - sum(counts)
             inputs.append(inputs[-1][-1:].expand(spare, -1, -1, -1))
-        features = group[0].model.encode(torch.cat(inputs) if len(inputs) > 1 else inputs[0])
+        with span("encode"):
+            features = group[0].model.encode(torch.cat(inputs) if len(inputs) > 1 else inputs[0])
         for video, count, end in zip(group, counts, np.cumsum(counts).tolist()):
-            video.take(_rows(features, end - count, end))
+            with span("associate"):
+                video.take(_rows(features, end - count, end))
 
 
 def segment(model: nn.Module, frames: Iterable[Frame], top: int | None = None, compat: bool = True) -> VideoInstances:

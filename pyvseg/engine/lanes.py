@@ -25,6 +25,7 @@ class Lane(Protocol):
 
     at_end: bool  # all frames have been taken
     idle: bool  # and this turn there were none
+    done: int  # frames segmented, those of earlier runs included
 
     def open(self) -> None:
         """Starts the decoder and the writer; ahead of time, in a thread that opens videos."""

@@ -29,6 +29,7 @@ class Targets:
     root: Path  # the output folder of the whole run
     work: Path
     files: dict[str, Path]  # name in `work` -> final name; the last one appears last, so a video that has it is finished
+    folder: Path | None = None  # of a batch: `work` itself gets this name, all results at once and for good
 
 
 class Interrupted(KeyboardInterrupt):
@@ -48,7 +49,9 @@ class VideoOutput:
         self.writers = []
 
     def is_finished(self) -> bool:
-        """Whether the results are there, made under equal settings."""
+        """Whether the results are there, made under equal settings; a batch has its own manifest."""
+        if self.targets.folder is not None:
+            return False
         return list(self.targets.files.values())[-1].exists() and _read_json(self._manifest).get(self.name) == self.settings
 
     @property
@@ -76,8 +79,7 @@ class VideoOutput:
         with output_errors(work):
             if not first:
                 _remove(work)
-            with _SHARED:
-                work.mkdir(parents=True, exist_ok=True)
+            _make_folder(work)
             if not first:
                 self._note(0)
 
@@ -91,7 +93,7 @@ class VideoOutput:
         kept = len(list(masks.glob("*.png")))
         if isinstance(error, KeyboardInterrupt):
             return Interrupted(f"stopped in {self.how_far()}; the same command with --resume goes on")
-        if isinstance(error, OutputError) and kept:
+        if isinstance(error, OutputError) and kept and self.targets.folder is None:
             return OutputError(f"{error}; {kept} complete masks remain in {masks}, the same command with --resume goes on")
         self.clean()
         return error
@@ -123,6 +125,9 @@ class VideoOutput:
             for path in (work / "masks").iterdir() if keep is not None else ():
                 if path.stem not in keep:
                     path.unlink()
+            if self.targets.folder is not None:
+                self._publish(self.targets.folder)
+                return
             for number, (name, target) in enumerate(files.items()):
                 if target.exists():
                     os.replace(target, work / f"replaced-{number}")
@@ -132,6 +137,18 @@ class VideoOutput:
             with _SHARED:
                 _write_json(self._manifest, dict(sorted((_read_json(self._manifest) | {self.name: self.settings}).items())))
             self.clean()
+
+    def _publish(self, folder: Path) -> None:
+        work, old = self.targets.work, self.targets.work.with_name(f"{self.targets.work.name}.replaced")
+        for path in (work / "run.json", *work.glob("state-*")):
+            path.unlink(missing_ok=True)
+        sync_tree(work)
+        _remove(old)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(work, folder)
+        sync_folder(folder.parent)
+        _remove(old)
 
     def suspend(self, save: Callable[[Path], None] | None = None, next_frame: int = 0) -> None:
         """Leaves the complete PNGs and, with the state's `save`, what a later run needs to go on at `next_frame`."""
@@ -167,6 +184,24 @@ def check_out(out: Path, overwrite: bool, resume: bool) -> None:
     raise OutputError(f"{out} already holds results or other files; choose another --out, or replace them with --overwrite")
 
 
+def sync_tree(folder: Path) -> None:
+    """Waits until the disk has every file below `folder`, and its name."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with open(Path(root, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(root))
+
+
+def sync_folder(folder: Path) -> None:
+    """A new name outlives a crash of the machine only when the folder that holds it has been written."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _read_json(path: Path) -> dict:
     """The document, or {} where there is none or it is damaged."""
     try:
@@ -180,6 +215,15 @@ def _write_json(path: Path, document: dict) -> None:
     temporary = Path(f"{path}.part")
     temporary.write_text(json.dumps(document, indent=1))
     os.replace(temporary, path)
+
+
+def _make_folder(folder: Path) -> None:
+    """With its parents; other processes may be removing these, once they are empty."""
+    for _ in range(9):
+        with suppress(FileNotFoundError), _SHARED:
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _remove(folder: Path) -> None:

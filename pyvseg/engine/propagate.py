@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyvseg.engine.trace import span
 from pyvseg.engine.types import Frame, FrameResult
 from pyvseg.errors import VideoError
 from pyvseg.models.stcn import STCN, ClipFeatures
@@ -115,18 +116,21 @@ class Propagation:
     def _clip(self, *, closed: bool) -> tuple[list[Frame], ClipFeatures, Tensor]:
         clip, self._pending = self._pending, []
         features = self._encode(clip)
-        probabilities = self.model.segment_clip(features, self.state)
-        self.model.link(
-            features, [f.index for f in clip], probabilities, self.state,
-            clip_length=self.clip_length, closed=closed, include_last=self.include_last,
-        )  # fmt: skip
+        with span("associate"):
+            probabilities = self.model.segment_clip(features, self.state)
+            self.model.link(
+                features, [f.index for f in clip], probabilities, self.state,
+                clip_length=self.clip_length, closed=closed, include_last=self.include_last,
+            )  # fmt: skip
         return clip, features, probabilities
 
     def _encode(self, frames: list[Frame]) -> ClipFeatures:
         """Features of successive frames, computed here unless `look_ahead` did so."""
         found = [self.features.pop(frame.index, None) for frame in frames]
         if None in found:
-            return self.model.encode(self.input(frames))
+            x = self.input(frames)
+            with span("encode"):
+                return self.model.encode(x)
         (whole, first), (last, _) = found[0], found[-1]
         if whole is last:
             return _rows(whole, first, first + len(frames))
@@ -135,7 +139,8 @@ class Propagation:
 
     def input(self, frames: list[Frame]) -> Tensor:
         s = self.model.settings
-        return self.geometry.frames(np.stack([f.image for f in frames]), s.mean, s.std, self.model.device)
+        with span("preprocess"):
+            return self.geometry.frames(np.stack([f.image for f in frames]), s.mean, s.std, self.model.device)
 
     def _results(self, frames: list[Frame], probabilities: Tensor) -> list[FrameResult]:
         ids = self.state.object_ids[: len(probabilities) - 1]
@@ -143,7 +148,8 @@ class Propagation:
         order = sorted(range(len(ids)), key=ids.__getitem__)
         ascending = probabilities if order == list(range(len(ids))) else probabilities[[0, *(i + 1 for i in order)]]
         ids = sorted(ids)
-        return [self._result(f, self.geometry.labels(ascending[:, t], ids), ids) for t, f in enumerate(frames)]
+        with span("upsample"):
+            return [self._result(f, self.geometry.labels(ascending[:, t], ids), ids) for t, f in enumerate(frames)]
 
     def _result(self, frame: Frame, labels: np.ndarray, ids: list[int] = ()) -> FrameResult:
         return FrameResult(frame.index, frame.name, frame.image, labels, tuple(ids))
@@ -174,7 +180,8 @@ def look_ahead(videos: list[tuple[Propagation, list[Frame]]], room: int) -> None
         inputs = [video.input(frames) for video, frames in group]
         spare = room - sum(map(len, inputs))
         inputs.append(inputs[-1][-1:].expand(spare, -1, -1, -1))
-        features, row = group[0][0].model.encode(torch.cat(inputs)), 0
+        with span("encode"):
+            features, row = group[0][0].model.encode(torch.cat(inputs)), 0
         for video, frames in group:
             for frame in frames:
                 video.features[frame.index] = features, row

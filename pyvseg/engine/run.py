@@ -154,7 +154,7 @@ class Following:
 
         def __init__(self, common: Following, job: Job, video: Video, given: dict[int, np.ndarray], output: VideoOutput) -> None:
             self.common, self.job, self.video, self.given, self.output = common, job, video, given, output
-            self.first = self.reached = output.resume_at() if common.resume else 0  # frames whose masks were there, and are now
+            self.first = self.done = output.resume_at() if common.resume else 0  # frames whose masks were there, and are now
             self.taken: list[Frame] = []
             self.at_end = self.idle = False
             self._threads = ExitStack()
@@ -190,7 +190,7 @@ class Following:
                 results += self.propagation.finish() if self.at_end else []
             for result in results:
                 self._sink.put(result)
-                self.reached = result.index + 1
+                self.done = result.index + 1
             self.common.frames += len(results)
 
         def _write(self, result: FrameResult) -> None:
@@ -209,7 +209,7 @@ class Following:
 
         def suspend(self) -> str:
             self._close()
-            self.output.suspend(*(self.propagation.state.save, self.reached) if self.reached > self.first else ())
+            self.output.suspend(*(self.propagation.state.save, self.done) if self.done > self.first else ())
             return self.output.how_far()
 
         def abandon(self, error: BaseException) -> BaseException:
@@ -234,6 +234,8 @@ class Following:
 def _open(job: Job, frames: tuple[int, int | None] | None) -> tuple[Video, dict[int, np.ndarray]]:
     """The video and its masks by frame index, both cut to `frames`."""
     video = open_video(job.video)
+    if job.masks is None:
+        raise VideoError(f"{video.source}: no masks given for this video; name them in the list, or put NAME.png, NAME.json or NAME/ into the --masks folder")
     given = read_masks(job.masks, video)
     if frames:
         start, stop = frames

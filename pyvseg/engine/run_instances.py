@@ -148,6 +148,10 @@ class Finding:
     shown: int = 0
     frames: int = 0  # segmented so far
 
+    @property
+    def at_once(self) -> int:
+        return self.options.at_once
+
     def make(self, each: tuple[Job, Targets]) -> _Lane | None:
         lane = _Lane(self, *each)
         return None if self.resume and lane.output.is_finished() else lane
@@ -218,8 +222,9 @@ class _Lane:
             return False
         shown = _shown(tracks, self.run.options.score_threshold)
         with span("write", self.output.name):
+            file = "tracks.json" if self.targets.folder is None else "results.json"
             name = self.output.name if self.job.id is None else self.job.id
-            entries = write_tracks(self.targets.work / "tracks.json", name, tracks, self.run.categories)
+            entries = write_tracks(self.targets.work / file, name, tracks, self.run.categories)
         if not self._draw(tracks, shown):
             return False
         with span("write", self.output.name):

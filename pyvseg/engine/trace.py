@@ -13,8 +13,6 @@ from pathlib import Path
 
 from pyvseg.video.writer import output_errors
 
-STAGES = ("decode", "model", "write")  # each is a thread, or one for every video under way
-
 
 class Recorder:
     """Adds up the seconds of each span by name; with `keep` it remembers every span for `save`, about 100 bytes each."""
@@ -24,6 +22,11 @@ class Recorder:
         self.started = time.perf_counter()
         self._events: list[tuple[str, str, int, float, float]] | None = [] if keep else None
         self._lock = threading.Lock()
+
+    def restart(self) -> None:
+        """Forgets what has been, a model's loading for instance."""
+        with self._lock:
+            self.seconds, self.started = {}, time.perf_counter()
 
     def add(self, name: str, detail: str, start: float, end: float) -> None:
         with self._lock:
@@ -50,14 +53,14 @@ _recorder: Recorder | None = None
 
 
 @contextmanager
-def recording(recorder: Recorder) -> Iterator[Recorder]:
-    """Spans of the whole process go to `recorder` while this lasts."""
+def recording(keep: bool = False) -> Iterator[Recorder]:
+    """Spans of the whole process go to this recorder while this lasts; inside another `recording`, to that one's."""
     global _recorder
-    before, _recorder = _recorder, recorder
+    outer, _recorder = _recorder, _recorder or Recorder(keep)
     try:
-        yield recorder
+        yield _recorder
     finally:
-        _recorder = before
+        _recorder = outer
 
 
 @contextmanager

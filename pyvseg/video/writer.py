@@ -102,6 +102,7 @@ def write_tracks(path: Path, video_id: int | str, tracks, categories: tuple[int 
             category = track.label + 1 if categories is None else categories[track.label]
             if category is not None:
                 entry = {"video_id": video_id, "score": track.score, "category_id": category, "object_id": track.object_id}
+                entry |= {"category": track.category} if track.category else {}  # for people and pages; evaluations go by the id
                 out.write(separator + json.dumps(entry | {"segmentations": track.rle}))
                 separator, entries = ",\n", entries + 1
         out.write("[]\n" if not entries else "]\n")

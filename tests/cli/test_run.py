@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from pyvseg.cli import run as run_command
 from pyvseg.cli.main import COMMANDS, main
+from pyvseg.engine.recipe import Recipe
 from pyvseg.video import read_labels, write_labels
 from tests.conftest import ROOT
 from tests.engine.standin import standin
@@ -22,7 +22,7 @@ def clip(tmp_path, monkeypatch):
     write_video(tmp_path / "clip.mp4", images(23))
     write_labels(tmp_path / "first.png", square())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_command, "_tracker", lambda options: standin(options.clip_length or 5))
+    monkeypatch.setattr(Recipe, "tracker", lambda self: standin(self.clip_length or 5))
     return tmp_path
 
 
@@ -146,10 +146,10 @@ def test_demo_masks_fit_the_clip():
 
 CLI = """
 import sys
-from pyvseg.cli import run
+from pyvseg.engine.recipe import Recipe
 from pyvseg.cli.main import main
 from tests.engine.standin import standin
-run._tracker = lambda options: standin(options.clip_length or 5, delay=0.05)
+Recipe.tracker = lambda self: standin(self.clip_length or 5, delay=0.05)
 sys.exit(main(sys.argv[1:]))
 """
 

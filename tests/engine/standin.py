@@ -3,11 +3,12 @@
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pyvseg.engine.run import Tracker
+from pyvseg.engine.run import Following, Tracker
 from pyvseg.video.types import Frame, FrameResult
 
 
@@ -59,3 +60,18 @@ def standin(clip_length: int = 5, delay: float = 0.0) -> Tracker:
         return Shifting(State.load(saved) if saved else State(), clip_length, delay)
 
     return Tracker(propagation, {"model": "standin", "clip_length": clip_length}, clip_length)
+
+
+@dataclass(frozen=True)
+class StandinRecipe:
+    """For batches: the stand-in, behind what `Recipe` offers."""
+
+    clip_length: int = 5
+    delay: float = 0.0
+    at_once: int = 1
+
+    def settings(self) -> dict:
+        return {"model": "standin", "clip_length": self.clip_length}
+
+    def lanes(self, stop) -> Following:
+        return Following(standin(self.clip_length, self.delay), stop, resume=True, at_once=self.at_once)

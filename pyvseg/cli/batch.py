@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pyvseg batch`"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from pyvseg.cli.run import recipe_of
+from pyvseg.errors import PyvsegError
+
+
+@dataclass
+class Batch:
+    """Segment many videos, at the speed of the hardware, and lose nothing when something dies.
+
+    Each video's results lie in OUT/NAME/, as `pyvseg run` writes them; OUT/manifest.jsonl says which are done, and which failed and
+    why. After a crash, a kill or Ctrl-C the same command does exactly the rest. For example
+
+        pyvseg batch archive/ --model ctvis_r50_ytvis19 --weights CTVIS_checkpoint.pth --out results
+        pyvseg batch 'archive/**/*.mp4' --masks first_frames/ --clip-length 25 --out results
+        pyvseg batch list.txt --masks first_frames/ --workers 8 --out results
+        pyvseg batch list.txt --masks first_frames/ --shard 3/16 --out results
+
+    Exit status: 0 all done, 1 some videos failed, 2 bad input or nothing can be written, 130 Ctrl-C.
+    """
+
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """Videos, folders of videos or images, DAVIS/YouTube-VOS folders, patterns in quotes ('a/**/*.mp4'), and .txt lists: one path in
+    each line, relative to the list, and a tab and the path of its masks if you like."""
+    masks: Path | None = None
+    """Folder with NAME.png, NAME.json or NAME/ for the video called NAME: what to follow. For models that need masks."""
+    model: str = "pcvos_tiny"
+    """A name of `pyvseg models`."""
+    weights: Path | None = None
+    """A published checkpoint or a safetensors file; not needed where weights are bundled."""
+    out: Path = Path("output")
+    """Folder for the results."""
+    clip_length: int | None = None
+    """Frames segmented together: longer is faster, shorter follows fast change better. Left out: the model's own number."""
+    max_memory_frames: int | Literal["none", "default"] = "default"
+    """Frames that the memory holds; none = no bound, as published."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: str | None = None
+    """cpu, cuda, cuda:1; left out: CUDA where there is one."""
+    score_threshold: float = 0.3
+    """Instance segmentation: tracks of a lower score are left out of masks and overlay; results.json has all."""
+    top_k: int | None = None
+    """Instance segmentation: so many tracks at most. Left out: the model's published number."""
+    at_once: int | None = None
+    """So many videos at a time pass through the network together. Left out: 4 on a GPU, else 1."""
+    pngs: bool = True
+    """Instance segmentation: leave out the palette PNGs. Without them and the overlay every video is read only once."""
+    overlay: bool = True
+    """Leave out the overlay videos."""
+    workers: int = 1
+    """Processes: one for each GPU, or shares of the CPU."""
+    shard: str = "1/1"
+    """I/N: this is the I-th of N processes, on machines that see the same OUT, that share the work (SLURM arrays)."""
+    retry_failed: bool = False
+    """Try videos again that failed before."""
+    overwrite: bool = False
+    """Start again and replace the results in OUT."""
+    profile: Path | None = None
+    """Write a trace of what every thread did, for Perfetto or chrome://tracing."""
+
+
+def batch(options: Batch) -> int:
+    from pyvseg.engine.allocator import keep_freed_memory
+    from pyvseg.engine.batch import batch as run_batch
+    from pyvseg.engine.inputs import find_inputs
+
+    recipe = recipe_of(options)
+    if not recipe.needs_masks and options.masks is not None:
+        raise PyvsegError(f"{options.model} finds the objects itself; leave --masks out")
+    jobs, remarks = find_inputs(list(options.inputs), options.masks, recipe.needs_masks)
+    for remark in remarks:
+        print(f"pyvseg: {remark}", file=sys.stderr)
+    keep_freed_memory()
+    report = run_batch(
+        jobs, recipe, options.out, execute=_execute(options), shard=_shard(options.shard), retry_failed=options.retry_failed,
+        overwrite=options.overwrite, profile=options.profile,
+    )  # fmt: skip
+    _print(report)
+    return 1 if report.failed or report.skipped else 0
+
+
+def _execute(options: Batch):
+    if options.workers < 1:
+        raise PyvsegError(f"--workers {options.workers}: must be at least 1")
+    if options.workers == 1:
+        return None
+    from pyvseg.engine.workers import Workers
+
+    return Workers(options.workers)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, slash, count = text.partition("/")
+    if not (slash and first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise PyvsegError(f"--shard {text}: expected I/N, for example 1/8, the first of eight")
+    return int(first), int(count)
+
+
+def _print(report) -> None:
+    for remark in report.remarks:
+        print(f"pyvseg: {remark}", file=sys.stderr)
+    for outcome in report.failed:
+        print(f"pyvseg: failed: {outcome.reason}", file=sys.stderr)
+    before = f", {report.before} before" if report.before else ""
+    print(f"{report.done} videos done{before}   {report.out}")
+    if report.failed or report.skipped:
+        again = f", {len(report.skipped)} before (--retry-failed tries them again)" if report.skipped else ""
+        print(f"{len(report.failed)} failed{again}; reasons in {report.out}/manifest*.jsonl", file=sys.stderr)
+    if report.frames:
+        print(f"{report.frames} frames in {report.seconds:.1f} s: {report.fps:.1f} frames per second, reading and writing included")
+        print("busy: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in report.busy.items()))

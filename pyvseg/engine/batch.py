@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many videos, nothing lost: `pyvseg batch`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import Protocol
+
+from tqdm import tqdm
+
+from pyvseg.engine.jobs import Job
+from pyvseg.engine.lanes import Lane, drive
+from pyvseg.engine.manifest import Manifest, Outcome
+from pyvseg.engine.output import UNFINISHED, Interrupted, Targets
+from pyvseg.engine.pipeline import stop_on_interrupt
+from pyvseg.engine.trace import recording
+from pyvseg.errors import OutputError, PyvsegError
+
+
+class Recipe(Protocol):
+    """How videos are segmented (`pyvseg.engine.recipe.Recipe`)."""
+
+    def settings(self) -> dict:
+        """What must be equal for results to belong together."""
+
+    def lanes(self, stop: Event):
+        """Loads the model; an object with `make`, `together` (see `pyvseg.engine.lanes.drive`) and `at_once`."""
+
+
+@dataclass
+class Report:
+    """What a batch did. `frames` and `seconds` count this run; `busy` are the shares of the wall time by stage."""
+
+    out: Path
+    videos: int
+    before: int = 0  # videos that were finished already
+    skipped: list[Outcome] = field(default_factory=list)  # that failed before and were not tried again
+    done: int = 0
+    failed: list[Outcome] = field(default_factory=list)
+    frames: int = 0
+    seconds: float = 0.0
+    busy: dict[str, float] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def fps(self) -> float:
+        return self.frames / self.seconds if self.seconds else 0.0
+
+
+# Runs jobs: tells of every outcome, returns busy shares. `segment_here` is one; `workers` and `cluster` have the others.
+Execute = Callable[[list[Job], Recipe, Path, Event, Callable[[Outcome], None]], dict[str, float]]
+
+
+def batch(
+    jobs: list[Job],
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    execute: Execute | None = None,
+    shard: tuple[int, int] = (1, 1),
+    retry_failed: bool = False,
+    overwrite: bool = False,
+    profile: Path | None = None,
+    progress: bool = True,
+) -> Report:
+    """Segments videos into OUT/NAME/, as `pyvseg run` would into OUT, and notes each in OUT/manifest.jsonl.
+
+    Whatever stops it, the same call goes on: what the manifest says is done stays as it is, the rest runs. A video that fails
+    is noted with its reason and stops nothing.
+
+    shard    (i, n): of n processes that share the work this is the i-th, counted from 1, with a manifest of its own
+    profile  a file for the trace of what every thread did, for Chrome's or Perfetto's viewer
+
+    Raises OutputError where results of other settings lie or nothing can be written, Interrupted after Ctrl-C.
+    """
+    out, (i, n) = Path(out), shard
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; choose another --out folder")
+    if out.is_dir() and not overwrite and any(out.iterdir()) and not any(out.glob("manifest*.jsonl")):
+        raise OutputError(f"{out} already holds other files; choose another --out, or write among them with --overwrite")
+    manifest = Manifest(out, recipe.settings(), part="" if n == 1 else f"-{i}-of-{n}", overwrite=overwrite)
+    try:
+        mine = jobs[i - 1 :: n]
+        report = Report(out, len(mine))
+        todo = _remaining(mine, manifest, report, retry_failed)
+        with stop_on_interrupt() as stop, recording(keep=profile is not None) as recorder:
+            try:
+                _run(todo, recipe, report, manifest, execute or segment_here, stop, progress)
+            finally:
+                if profile is not None:
+                    recorder.save(profile)
+        return report
+    finally:
+        manifest.close()
+
+
+def _remaining(jobs: list[Job], manifest: Manifest, report: Report, retry_failed: bool) -> list[Job]:
+    if manifest.damaged:
+        report.remarks.append(f"{manifest.path.parent}: {manifest.damaged} damaged lines in the manifest; their videos run again")
+    todo = []
+    for job in jobs:
+        known = manifest.outcomes.get(job.name)
+        if known is not None and known.source != str(job.video):
+            raise PyvsegError(f"{report.out / job.name} is of {known.source}; {job.video} would replace it: rename it, choose another --out, or use --overwrite")
+        if known is not None and known.reason and not retry_failed:
+            report.skipped.append(known)
+        elif known is not None and not known.reason and (report.out / job.name).is_dir():
+            report.before += 1
+        else:
+            todo.append(job)
+    return todo
+
+
+def _run(todo: list[Job], recipe: Recipe, report: Report, manifest: Manifest, execute: Execute, stop: Event, progress: bool) -> None:
+    started = time.perf_counter()
+    with tqdm(total=report.videos, initial=report.before, unit=" videos", leave=False, disable=None if progress else True) as bar:
+
+        def tell(outcome: Outcome) -> None:
+            manifest.add(outcome)
+            report.frames += outcome.frames
+            if outcome.reason:
+                report.failed.append(outcome)
+            else:
+                report.done += 1
+            bar.set_postfix(failed=len(report.failed), frames=report.frames, refresh=False)
+            bar.update()
+
+        try:
+            report.busy = execute(todo, recipe, report.out, stop, tell) if todo else {}
+        except OutputError as error:
+            raise OutputError(f"{error}; {_kept(report)}, the same command goes on when that is mended") from None
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped; {_kept(report)}, the same command goes on") from None
+        finally:
+            with suppress(OSError):
+                (report.out / UNFINISHED).rmdir()  # refuses unless it is empty
+    report.seconds = time.perf_counter() - started
+
+
+def _kept(report: Report) -> str:
+    finished = report.before + report.done
+    return f"{finished} of {report.videos} videos are finished and kept, {report.videos - finished - len(report.failed) - len(report.skipped)} remain"
+
+
+def segment_here(
+    jobs: Iterable[Job], recipe: Recipe, out: Path, stop: Event, tell: Callable[[Outcome], None], ready: Callable[[int], None] = lambda at_once: None
+) -> dict[str, float]:
+    """Runs the jobs in this process; `ready` is told how many at once as soon as the model is loaded.
+
+    Raises OutputError where nothing can be written: that concerns every video.
+    """
+    lanes = recipe.lanes(stop)
+    ready(lanes.at_once)
+    begun: dict[str, tuple[float, Lane | None]] = {}
+
+    def make(job: Job) -> Lane:
+        begun[job.name] = time.perf_counter(), None
+        lane = lanes.make((job, Targets(out, out / UNFINISHED / job.name, {}, out / job.name)))
+        begun[job.name] = begun[job.name][0], lane
+        return lane
+
+    def ended(job: Job, error: Exception | None) -> None:
+        if isinstance(error, OutputError):
+            raise error
+        start, lane = begun.pop(job.name)
+        frames = 0 if lane is None else lane.done - lane.first
+        tell(Outcome(job.name, str(job.video), error and _reason(error), frames, round(time.perf_counter() - start, 3)))
+
+    with recording() as recorder:
+        recorder.restart()
+        drive(jobs, make, lanes.together, ended, at_once=lanes.at_once, stop=stop)
+        return recorder.shares()
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).splitlines() or [""]
+    return text[0] if isinstance(error, PyvsegError) else f"{type(error).__name__}: {text[0]}"

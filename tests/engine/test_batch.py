@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of small videos with a stand-in for the network: what is done, noted and left when something goes wrong."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pyvseg.engine import run as engine
+from pyvseg.engine.batch import batch
+from pyvseg.engine.jobs import Job
+from pyvseg.engine.output import Interrupted
+from pyvseg.errors import OutputError, PyvsegError
+from pyvseg.video import png
+from pyvseg.video.writer import PngWriter
+from tests.conftest import ROOT
+from tests.engine.standin import StandinRecipe
+from tests.video.clips import images, square, write_video
+
+LENGTHS = {"a": 7, "b": 23, "c": 5, "d": 12, "e": 1, "f": 16}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    for name, count in LENGTHS.items():
+        write_video(folder / f"{name}.mp4", images(count))
+    return folder
+
+
+def jobs_of(folder: Path) -> list[Job]:
+    return [Job(path.stem, path, {0: square()}) for path in sorted(folder.glob("*.mp4"))]
+
+
+def go(folder, out, recipe=StandinRecipe(), **options):
+    return batch(jobs_of(folder) if isinstance(folder, Path) else folder, recipe, out, progress=False, **options)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and not p.name.startswith("manifest")}
+
+
+def notes(out: Path) -> list[dict]:
+    return [json.loads(line) for path in sorted(out.glob("manifest*.jsonl")) for line in path.read_text().splitlines()][1:]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(clips, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    report = go(clips, out)
+    assert (report.done, report.frames, report.failed) == (6, 64, [])
+    return files(out)
+
+
+def test_each_video_in_its_folder(clips, tmp_path):
+    report = go(clips, tmp_path / "out", profile=tmp_path / "trace.json")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*"abcdef", "manifest.jsonl"]
+    for name, count in LENGTHS.items():
+        assert sorted(p.name for p in (tmp_path / "out" / name).iterdir()) == ["masks", "masks.json", "overlay.mp4"]
+        assert len(list((tmp_path / "out" / name / "masks").iterdir())) == count
+    assert [(n["name"], n["status"], n["frames"]) for n in notes(tmp_path / "out")] == [(k, "done", v) for k, v in LENGTHS.items()]
+    assert {"decode", "model", "write"} <= set(report.busy) and 0 < report.busy["model"] <= 1 and report.fps > 0
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {e["name"] for e in events} >= {"decode", "model", "write"} and len({e["tid"] for e in events}) > 3
+    assert {e["args"]["video"] for e in events if "args" in e} == set(LENGTHS)
+    again = go(clips, tmp_path / "out")
+    assert (again.before, again.done, again.frames) == (6, 0, 0)
+
+
+@pytest.mark.parametrize("at_once", [2, 4])
+def test_several_at_once_give_the_same_results(clips, tmp_path, undisturbed, at_once):
+    go(clips, tmp_path / "out", StandinRecipe(at_once=at_once))
+    assert files(tmp_path / "out") == undisturbed
+
+
+def test_a_broken_video_stops_nothing(clips, tmp_path, undisturbed):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for path in clips.iterdir():
+        os.link(path, folder / path.name)
+    whole = (clips / "b.mp4").read_bytes()
+    for name, data in (("b", whole[: len(whole) // 2]), ("e", b"no video")):
+        (folder / f"{name}.mp4").unlink()
+        (folder / f"{name}.mp4").write_bytes(data)
+    jobs = [*jobs_of(folder), Job("gone", folder / "gone.mp4", {0: square()}), Job("blank", folder / "a.mp4", None)]
+    report = go(jobs, tmp_path / "out", StandinRecipe(at_once=2))
+    assert report.done == 4 and [o.name for o in report.failed] == ["b", "e", "gone", "blank"]
+    assert all(word in o.reason for word, o in zip(("cut short", "cannot be read", "no such", "no mask"), report.failed))
+    assert files(tmp_path / "out") == {k: v for k, v in undisturbed.items() if k[0] not in "be"}
+    again = go(jobs, tmp_path / "out")
+    assert (again.before, again.done, len(again.skipped)) == (4, 0, 4)
+    (folder / "b.mp4").write_bytes(whole)
+    mended = go(jobs, tmp_path / "out", retry_failed=True)
+    assert (mended.done, len(mended.failed)) == (1, 3)
+    assert go(jobs, tmp_path / "out").before == 5
+
+
+# A process that has imported everything forks one that can be killed for each line that it is given.
+FORKS = """
+import os, sys
+from pathlib import Path
+from tests.engine.standin import StandinRecipe
+from tests.engine.test_batch import go
+for line in sys.stdin:
+    clips, out, at_once, delay = line.rstrip("\\n").split("\\t")
+    child = os.fork()
+    if not child:
+        go(Path(clips), Path(out), StandinRecipe(delay=float(delay), at_once=int(at_once)))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def begin():
+    """begin(clips, out, at_once, delay) starts a batch in a process of its own: its id, and a function that waits for its end and returns its signal."""
+    process = subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(*arguments):
+        print(*arguments, sep="\t", file=process.stdin, flush=True)
+        return int(process.stdout.readline()), lambda: os.WTERMSIG(int(process.stdout.readline()))
+
+    yield start
+    process.stdin.close()
+    process.wait()
+
+
+def test_killed_at_any_moment(clips, tmp_path, undisturbed, begin):
+    """kill -9, twenty times; every now and then a run finishes exactly the rest."""
+    moments, killed, tries = random.Random(4), 0, 0
+    while killed < 20 and tries < 60:
+        out = tmp_path / f"out{tries // 4}"  # four kills on the way to one result
+        pid, end = begin(clips, out, 1 + tries % 2, 0.004)
+        time.sleep(moments.uniform(0, 0.35))
+        os.kill(pid, signal.SIGKILL)
+        killed += end() == signal.SIGKILL
+        tries += 1
+        if tries % 4 == 0 or killed == 20:
+            finished = [note["name"] for note in notes(out)] if (out / "manifest.jsonl").exists() else []
+            whole = {k: v for k, v in files(out).items() if k[0] in finished}
+            report = go(clips, out)
+            assert (report.before, report.done) == (len(finished), 6 - len(finished))
+            assert files(out) == undisturbed == undisturbed | whole
+    assert killed == 20
+
+
+def test_interrupted_goes_on(clips, tmp_path, undisturbed, monkeypatch):
+    step, seen = engine.Following.Lane.step, []
+
+    def stepping(lane):
+        seen.append(lane.output.name)
+        if len(seen) == 4:
+            signal.raise_signal(signal.SIGINT)
+        step(lane)
+
+    monkeypatch.setattr(engine.Following.Lane, "step", stepping)
+    with pytest.raises(Interrupted, match="1 of 6 videos are finished and kept, 5 remain, the same command goes on"):
+        go(clips, tmp_path / "out")
+    report = go(clips, tmp_path / "out")
+    assert (report.before, report.done) == (1, 5) and report.frames < 57  # b went on where it was
+    assert files(tmp_path / "out") == undisturbed
+
+
+def test_full_disk(clips, tmp_path, undisturbed, monkeypatch):
+    """Finished videos stay, nothing half-written does, and the message says what remains."""
+    encode, written = png.encode_labels, []
+
+    def fill(*given):
+        written.append(given)
+        if len(written) > 32:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return encode(*given)
+
+    monkeypatch.setattr(png, "encode_labels", fill)
+    with pytest.raises(OutputError, match="No space left.*2 of 6 videos are finished and kept, 4 remain, the same command goes on"):
+        go(clips, tmp_path / "out")
+    assert files(tmp_path / "out") == {k: v for k, v in undisturbed.items() if k[0] in "ab"}
+    monkeypatch.setattr(png, "encode_labels", encode)
+    assert go(clips, tmp_path / "out").done == 4 and files(tmp_path / "out") == undisturbed
+
+
+def test_unwritable(clips, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write .*file"):
+        go(clips, tmp_path / "file" / "out")
+
+
+def test_a_slow_disk_holds_everything_back(clips, tmp_path, monkeypatch):
+    """While the writer is stuck, decoder and model come to rest: what waits between them does not depend on the video."""
+    write_video(tmp_path / "long.mp4", images(300))
+    release, decoded, write = threading.Event(), [], PngWriter.write
+    frames_of = engine.frames_with_masks
+
+    def counted(*given):
+        for frame in frames_of(*given):
+            decoded.append(frame.index)
+            yield frame
+
+    monkeypatch.setattr(engine, "frames_with_masks", counted)
+    monkeypatch.setattr(PngWriter, "write", lambda writer, result: release.wait(60) and write(writer, result))
+    runs = threading.Thread(target=go, args=(jobs_of(tmp_path), tmp_path / "out"))
+    runs.start()
+    before = -1
+    while not decoded or before != len(decoded):
+        before = len(decoded)
+        time.sleep(0.3)
+    assert 10 <= len(decoded) <= 45  # two queues of 10, three turns of 5, and one in each hand
+    release.set()
+    runs.join(60)
+    assert len(decoded) == 300 and len(list((tmp_path / "out" / "long" / "masks").iterdir())) == 300
+
+
+def test_other_settings_are_refused(clips, tmp_path, undisturbed):
+    go(clips, tmp_path / "out", StandinRecipe(7))
+    before = files(tmp_path / "out")
+    with pytest.raises(OutputError, match="other settings: clip_length was 7 and is now 5; .*--overwrite"):
+        go(clips, tmp_path / "out")
+    assert files(tmp_path / "out") == before
+    go(clips, tmp_path / "out", overwrite=True)
+    assert files(tmp_path / "out") == undisturbed
+
+
+def damaged_manifests():
+    """What a crash of the file system may leave of a whole manifest, and how many videos then run again."""
+    yield "torn end", lambda lines: b"\n".join(lines)[:-30], 1
+    yield "zeros inside", lambda lines: b"\n".join([*lines[:2], b"\0" * 90, *lines[3:]]) + b"\n", 1
+    yield "nonsense inside", lambda lines: b"\n".join([*lines[:3], b'{"status": 3}', b"[1]", *lines[5:]]) + b"\n", 2
+    yield "only a torn first line", lambda lines: lines[0][:20], 6
+    yield "empty", lambda lines: b"", 6
+
+
+@pytest.mark.parametrize("damage, again", [pytest.param(*rest, id=name) for name, *rest in damaged_manifests()])
+def test_damaged_manifest(clips, tmp_path, undisturbed, damage, again):
+    go(clips, tmp_path / "out")
+    path = tmp_path / "out" / "manifest.jsonl"
+    path.write_bytes(damage(path.read_bytes().splitlines()))
+    report = go(clips, tmp_path / "out")
+    assert report.done == again and files(tmp_path / "out") == undisturbed
+    assert go(clips, tmp_path / "out").before == 6
+
+
+def test_manifest_without_its_first_line(clips, tmp_path):
+    go(clips, tmp_path / "out")
+    path = tmp_path / "out" / "manifest.jsonl"
+    path.write_bytes(b"\0" * 40 + path.read_bytes()[40:])
+    with pytest.raises(OutputError, match="first line is damaged.*--overwrite"):
+        go(clips, tmp_path / "out")
+
+
+def test_folders_that_are_not_ours(clips, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(OutputError, match="already holds other files"):
+        go(clips, tmp_path / "out")
+    with pytest.raises(OutputError, match="is a file"):
+        go(clips, tmp_path / "out" / "mine.txt")
+    go(clips, tmp_path / "out", overwrite=True)
+    elsewhere = [Job("a", clips / "c.mp4", {0: square()})]
+    with pytest.raises(PyvsegError, match="a is of .*a.mp4; .*c.mp4 would replace it"):
+        go(elsewhere, tmp_path / "out")
+    assert (tmp_path / "out" / "mine.txt").exists()
+
+
+def test_two_batches_for_one_folder(clips, tmp_path, begin):
+    pid, end = begin(clips, tmp_path / "out", 1, 5)
+    try:
+        while not (tmp_path / "out" / "manifest.jsonl").exists() or not (tmp_path / "out" / "manifest.jsonl").read_text():
+            time.sleep(0.02)
+        with pytest.raises(OutputError, match="another pyvseg batch is writing there.*--shard"):
+            go(clips, tmp_path / "out")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        end()
+
+
+def test_shards(clips, tmp_path, undisturbed):
+    for i in (2, 1, 3):
+        report = go(clips, tmp_path / "out", shard=(i, 3))
+        assert (report.videos, report.done) == (2, 2)
+    assert files(tmp_path / "out") == undisturbed and len(notes(tmp_path / "out")) == 6 + 2
+    assert go(clips, tmp_path / "out").before == 6
