@@ -356,7 +356,7 @@ Tensor conv3x3(const Tensor& x, const Tensor& tiles, int64_t outputs, const std:
                                   torch::headeronly::MemoryFormat::ChannelsLast);
   if (y.numel() == 0) return y;
   const Tensor input = channels_adjacent(x), added = residual ? channels_adjacent(*residual) : y;
-  const Tensor offset = bias ? torch::stable::contiguous(*bias) : y;
+  const Tensor offset = bias ? dense(*bias) : y;
   Problem p{};
   p.x = image(input);
   if (residual) p.residual = image(added);

@@ -94,14 +94,13 @@ inline void check(const Tensor& pooled, const Tensor& kernels, const std::vector
 }
 
 // Twenty parameters: asking first is quicker than a call that returns the same tensor.
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline std::vector<Tensor> dense(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> result;
   for (const Tensor& t : tensors) result.push_back(dense(t));
   return result;
 }
 
-inline Tensor as_float(const Tensor& t) { return torch::stable::to(torch::stable::contiguous(t), ScalarType::Float); }
+inline Tensor as_float(const Tensor& t) { return torch::stable::to(dense(t), ScalarType::Float); }
 
 inline Update update_of(int64_t rows, int64_t C, float* state, const std::vector<Tensor>& parameters, double eps) {
   Update u{rows, C, state, {}, {}, number_of(parameters[0]), float(eps)};

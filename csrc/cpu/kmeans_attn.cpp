@@ -273,8 +273,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans_attn(const Tensor& pixel, cons
                                                        const Tensor& scale, const Tensor& bias, bool want_logits) {
   check(pixel, clusters, value, scale, bias);
   const int64_t B = pixel.size(0), M = pixel.size(2), N = clusters.size(1);
-  const Tensor pixels = kmeans::adjacent(pixel), values = kmeans::adjacent(value), scales = torch::stable::contiguous(scale);
-  const Tensor centers = kmeans::adjacent(torch::stable::transpose(clusters, 1, 2)), biases = torch::stable::contiguous(bias);
+  const Tensor pixels = kmeans::adjacent(pixel), values = kmeans::adjacent(value), scales = dense(scale);
+  const Tensor centers = kmeans::adjacent(torch::stable::transpose(clusters, 1, 2)), biases = dense(bias);
   Tensor assign = torch::stable::new_empty(pixel, {B, M}, ScalarType::Int);
   Tensor logits = want_logits ? torch::stable::new_empty(pixel, {B, N, M}) : torch::stable::new_empty(pixel, {0});
   const Kernels& kernel = kernels();

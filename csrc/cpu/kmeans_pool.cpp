@@ -111,7 +111,7 @@ void check_assign(const Tensor& assign, const Tensor& other, int64_t M) {
 std::tuple<Tensor, Tensor> kmeans_pool(const Tensor& assign, const Tensor& value, int64_t clusters) {
   check_assign(assign, value, value.size(-1));
   STD_TORCH_CHECK(clusters >= 0 && clusters < INT32_MAX, "kmeans_pool: clusters out of range");
-  const Tensor values = kmeans::adjacent(value), own = torch::stable::contiguous(assign);
+  const Tensor values = kmeans::adjacent(value), own = dense(assign);
   const Kernels& kernel = kernels();
   return kmeans::sum_chunks(values, clusters, kernel.add_up, [&] {
     return [&](int64_t b, int64_t begin, int64_t end, float* bins) {
@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor> kmeans_pool(const Tensor& assign, const Tensor& value
 // grad_update (B, N, D), assign (B, M) int32 -> (B, D, M) in grad_update's dtype
 Tensor kmeans_gather(const Tensor& grad_update, const Tensor& assign) {
   check_assign(assign, grad_update, assign.size(-1));
-  const Tensor rows = torch::stable::contiguous(grad_update), own = torch::stable::contiguous(assign);
+  const Tensor rows = dense(grad_update), own = dense(assign);
   const int64_t B = rows.size(0), N = rows.size(1), D = rows.size(2), M = own.size(1);
   const Number number = number_of(rows);
   Tensor out = torch::stable::new_empty(grad_update, {B, D, M});

@@ -236,7 +236,8 @@ std::tuple<Tensor, Tensor> sum_chunks(const Tensor& value, int64_t N, void (*add
   Tensor update = torch::stable::new_empty(value, {B, N, D}, ScalarType::Float);
   Tensor count = torch::stable::new_empty(value, {B, N}, ScalarType::Float);
   std::atomic<int64_t> next{0};  // whoever is free takes the next chunk
-  const int64_t tasks = B * chunks.count, threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  const int64_t tasks = B * chunks.count, worth = divide_up(tasks, grain_of(chunks.size * (N + D)));
+  const int64_t threads = std::min({int64_t(torch::stable::get_num_threads()), tasks, worth});
   parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     auto work = make_work();
     for (int64_t task; (task = next++) < tasks;) {

@@ -31,6 +31,12 @@ inline Number number_of(const Tensor& t) {
   return type == ScalarType::Float ? Number::kFloat : type == ScalarType::BFloat16 ? Number::kBfloat16 : Number::kHalf;
 }
 
+// Tasks that are worth waking a thread for, where each goes through so many numbers or multiplies ten times as many.
+inline int64_t grain_of(int64_t each) { return 8192 / (each + 1) + 1; }
+
+// Asked first: the dispatcher takes longer to find nothing to do.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // Kernels take any strides but want the last dimension contiguous.
 inline Tensor rows_contiguous(const Tensor& t) {
   return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : torch::stable::contiguous(t);

@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_cost(const Tensor& logits, const
   std::vector<double> overlaps(slices * N * M), entropies(slices * N * M), probs(slices * N), softplus(slices * N), areas(slices * M);
   const Rows logit_rows = rows_of(x), target_rows = rows_of(t);
   const Kernels& kernel = kernels();
-  parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, slices * groups, grain_of(std::min(group, N) * std::min(slice, P)), [&](int64_t begin, int64_t end) {
     Scratch scratch(scratch_floats(group, M));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t s = task / groups, g = task % groups;

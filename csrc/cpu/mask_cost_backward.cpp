@@ -122,7 +122,7 @@ Tensor mask_cost_backward(const Tensor& overlap, const Tensor& entropy, const Te
                   "mask_cost_backward: need (N, P) and (M, P)");
   number_of(logits);  // not bytes, as targets may be
   const Tensor x = rows_contiguous(logits), t = rows_contiguous(targets);
-  const Tensor go = torch::stable::contiguous(overlap), ge = torch::stable::contiguous(entropy), gp = torch::stable::contiguous(prob);
+  const Tensor go = dense(overlap), ge = dense(entropy), gp = dense(prob);
   const int64_t N = x.size(0), M = t.size(0), P = x.size(1);
   STD_TORCH_CHECK(go.numel() == N * M && ge.numel() == N * M && gp.numel() == N, "mask_cost_backward: gradients do not fit the masks");
   std::vector<float> total(N);
@@ -132,7 +132,7 @@ Tensor mask_cost_backward(const Tensor& overlap, const Tensor& entropy, const Te
   Tensor grad = torch::stable::new_empty(logits, {N, P});
   const Rows logit_rows = rows_of(x), target_rows = rows_of(t);
   const Kernels& kernel = kernels();
-  parallel_for(0, (P + kChunk - 1) / kChunk, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (P + kChunk - 1) / kChunk, grain_of(N * kChunk), [&](int64_t begin, int64_t end) {
     mask_cost::Scratch scratch(M * kStride);
     kernel.backward({logit_rows, target_rows, go.const_data_ptr<float>(), entropies, gp.const_data_ptr<float>(), total.data(),
                      begin * kChunk, std::min(P, end * kChunk), P, grad.mutable_data_ptr(), scratch.data()});

@@ -27,6 +27,7 @@ struct Kernels {
   void (*pack)(const Pack&, int64_t begin, int64_t end);  // words of all rows, counted through
   void (*overlap)(const Overlap&, int64_t tile);           // tile of kTile x kTile pairs, row-major
   void (*area)(const uint64_t* bits, int64_t words, int64_t* area, int64_t begin, int64_t end);
+  void (*ratio)(const int64_t* intersection, int64_t area, const int64_t* areas, int64_t n, float* ratio);  // one row
 };
 
 constexpr int kTile = 4;
@@ -63,12 +64,6 @@ PYVSEG_INLINE uint64_t bits64(const Number* p) {
   return bits;
 }
 
-PYVSEG_INLINE bool is_set(uint8_t x) { return x != 0; }
-template <typename Number>
-PYVSEG_INLINE bool is_set(Number x) {
-  return load1(&x) > 0;
-}
-
 // Memory, not arithmetic, binds this: lines are asked for some pages ahead, which the hardware by itself does not do.
 constexpr int64_t kAhead = 4096;  // bytes
 
@@ -88,9 +83,9 @@ void pack_words(const Pack& p, int64_t begin, int64_t end) {
     i += n;
     if (word + n > whole) {
       n = whole - word;
-      uint64_t bits = 0;
-      for (int64_t j = 0; j < p.numel % 64; ++j) bits |= uint64_t(is_set(from[n * 64 + j])) << j;
-      to[n] = bits;
+      T last[64] = {};
+      __builtin_memcpy(last, from + n * 64, p.numel % 64 * sizeof(T));
+      to[n] = bits64(last);
     }
     for (int64_t w = 0; w < n; ++w) {
       prefetch64(from + w * 64);
@@ -150,7 +145,7 @@ void overlap(const Overlap& o, int64_t tile) {
     a[i] = o.a + (row + i < o.N ? row + i : o.N - 1) * o.words;
     b[i] = o.b + (column + i < o.M ? column + i : o.M - 1) * o.words;
   }
-  for (int64_t w = has_vector_count() ? count_vectors(a, b, o.words, counts) : 0; w < o.words; ++w)
+  for (int64_t w = o.words >= 8 && has_vector_count() ? count_vectors(a, b, o.words, counts) : 0; w < o.words; ++w)
 #pragma GCC unroll 4
     for (int i = 0; i < kTile; ++i)
 #pragma GCC unroll 4
@@ -167,9 +162,17 @@ void area(const uint64_t* bits, int64_t words, int64_t* areas, int64_t begin, in
   }
 }
 
+// Intersection over union, both rounded to floats; 0 where both masks are empty.
+void ratio(const int64_t* intersection, int64_t area, const int64_t* areas, int64_t n, float* ratio) {
+  for (int64_t j = 0; j < n; ++j) {
+    const int64_t either = area + areas[j] - intersection[j];
+    ratio[j] = float(intersection[j]) / float(either > 0 ? either : 1);
+  }
+}
+
 }  // namespace
 
-PYVSEG_KERNELS = {pack, overlap, area};
+PYVSEG_KERNELS = {pack, overlap, area, ratio};
 #else
 }  // namespace pyvseg::mask_iou
 
@@ -187,26 +190,35 @@ Element element_of(const Tensor& masks) {
   return Element(number_of(masks));
 }
 
+int64_t words_of(int64_t numel) { return (numel + 63) / 64; }
+
+// masks (N, P) -> rows of words
+void pack_into(const Tensor& masks, uint64_t* bits) {
+  const Tensor rows = dense(masks);
+  const int64_t words = words_of(rows.size(1));
+  const Pack pack{rows.const_data_ptr(), bits, rows.size(1), words, element_of(masks)};
+  const Kernels& kernel = kernels();
+  parallel_for(0, rows.size(0) * words, 1024, [&](int64_t begin, int64_t end) { kernel.pack(pack, begin, end); });
+}
+
+void count(const Overlap& overlap, int64_t* area_a, int64_t* area_b) {
+  const int64_t N = overlap.N, M = overlap.M, words = overlap.words;
+  const int64_t tiles = N && M ? ((N + kTile - 1) / kTile) * ((M + kTile - 1) / kTile) : 0;
+  const Kernels& kernel = kernels();
+  parallel_for(0, tiles, std::max<int64_t>(4, 8192 / (words + 8)), [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) kernel.overlap(overlap, tile);
+  });
+  const int64_t grain = std::max<int64_t>(16, 16384 / (words + 1));
+  parallel_for(0, N, grain, [&](int64_t begin, int64_t end) { kernel.area(overlap.a, words, area_a, begin, end); });
+  parallel_for(0, M, grain, [&](int64_t begin, int64_t end) { kernel.area(overlap.b, words, area_b, begin, end); });
+}
+
 // masks (N, P) bool, uint8, float32, bfloat16 or float16 -> bits (N, ceil(P / 64)) int64
 Tensor pack_masks(const Tensor& masks) {
   STD_TORCH_CHECK(masks.dim() == 2, "pack_masks: masks must have two dimensions");
-  const Tensor rows = torch::stable::contiguous(masks);
-  const int64_t N = rows.size(0), numel = rows.size(1), words = (numel + 63) / 64;
-  Tensor bits = torch::stable::new_empty(masks, {N, words}, ScalarType::Long);
-  const Pack pack{rows.const_data_ptr(), static_cast<uint64_t*>(bits.mutable_data_ptr()), numel, words, element_of(masks)};
-  const Kernels& kernel = kernels();
-  parallel_for(0, N * words, 1024, [&](int64_t begin, int64_t end) { kernel.pack(pack, begin, end); });
+  Tensor bits = torch::stable::new_empty(masks, {masks.size(0), words_of(masks.size(1))}, ScalarType::Long);
+  pack_into(masks, static_cast<uint64_t*>(bits.mutable_data_ptr()));
   return bits;
-}
-
-Tensor areas(const Tensor& bits) {
-  const int64_t words = bits.size(1);
-  Tensor area = torch::stable::new_empty(bits, {bits.size(0)}, ScalarType::Long);
-  const uint64_t* from = static_cast<const uint64_t*>(bits.const_data_ptr());
-  int64_t* to = area.mutable_data_ptr<int64_t>();
-  const Kernels& kernel = kernels();
-  parallel_for(0, bits.size(0), 16, [&](int64_t begin, int64_t end) { kernel.area(from, words, to, begin, end); });
-  return area;
 }
 
 // The counts that make the ratio: bits (N, W), (M, W) int64 -> intersection (N, M), areas (N), (M), all int64
@@ -214,18 +226,31 @@ std::tuple<Tensor, Tensor, Tensor> mask_iou(const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1), "mask_iou: need (N, W) and (M, W)");
   STD_TORCH_CHECK(a.scalar_type() == ScalarType::Long && b.scalar_type() == ScalarType::Long,
                   "mask_iou: packed masks must be int64");
-  const Tensor rows = torch::stable::contiguous(a), columns = torch::stable::contiguous(b);
+  const Tensor rows = dense(a), columns = dense(b);
   const int64_t N = rows.size(0), M = columns.size(0);
-  Tensor intersection = torch::stable::new_empty(a, {N, M}, ScalarType::Long);
-  const Overlap overlap{static_cast<const uint64_t*>(rows.const_data_ptr()),
-                        static_cast<const uint64_t*>(columns.const_data_ptr()), N, M, rows.size(1),
-                        intersection.mutable_data_ptr<int64_t>()};
-  const int64_t tiles = N && M ? ((N + kTile - 1) / kTile) * ((M + kTile - 1) / kTile) : 0;
+  const auto empty = [&](std::vector<int64_t> shape) { return torch::stable::new_empty(a, shape, ScalarType::Long); };
+  Tensor intersection = empty({N, M}), area_a = empty({N}), area_b = empty({M});
+  count({static_cast<const uint64_t*>(rows.const_data_ptr()), static_cast<const uint64_t*>(columns.const_data_ptr()), N, M, rows.size(1),
+         intersection.mutable_data_ptr<int64_t>()},
+        area_a.mutable_data_ptr<int64_t>(), area_b.mutable_data_ptr<int64_t>());
+  return {intersection, area_a, area_b};
+}
+
+// All of it in one call, for masks (N, P), (M, P) as above -> intersection over union (N, M) float32
+Tensor mask_ratio(const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1), "mask_ratio: need (N, P) and (M, P)");
+  const int64_t N = a.size(0), M = b.size(0), words = words_of(a.size(1));
+  Tensor ratio = torch::stable::new_empty(a, {N, M}, ScalarType::Float);
+  const std::unique_ptr<uint64_t[]> bits(new uint64_t[(N + M) * words]);
+  const std::unique_ptr<int64_t[]> counts(new int64_t[N * M + N + M]);
+  pack_into(a, bits.get());
+  pack_into(b, bits.get() + N * words);
+  int64_t *area_a = counts.get() + N * M, *area_b = area_a + N;
+  count({bits.get(), bits.get() + N * words, N, M, words, counts.get()}, area_a, area_b);
+  float* to = ratio.mutable_data_ptr<float>();
   const Kernels& kernel = kernels();
-  parallel_for(0, tiles, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) kernel.overlap(overlap, tile);
-  });
-  return {intersection, areas(rows), areas(columns)};
+  for (int64_t i = 0; i < N; ++i) kernel.ratio(counts.get() + i * M, area_a[i], area_b, M, to + i * M);
+  return ratio;
 }
 
 }  // namespace
@@ -233,10 +258,12 @@ std::tuple<Tensor, Tensor, Tensor> mask_iou(const Tensor& a, const Tensor& b) {
 STABLE_TORCH_LIBRARY_FRAGMENT(pyvseg, m) {
   m.def("pack_masks(Tensor masks) -> Tensor");
   m.def("mask_iou(Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)");
+  m.def("mask_ratio(Tensor a, Tensor b) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(pyvseg, CPU, m) {
   m.impl("pack_masks", TORCH_BOX(&pack_masks));
   m.impl("mask_iou", TORCH_BOX(&mask_iou));
+  m.impl("mask_ratio", TORCH_BOX(&mask_ratio));
 }
 #endif
 

@@ -311,14 +311,14 @@ Bits packed(const Tensor& masks, int64_t b) {
   const char* from = static_cast<const char*>(masks.const_data_ptr()) + b * masks.stride(0) * bytes_of(number);
   const Pack pack{from, number, N, M, masks.stride(1), bits.data()};
   const Kernels& kernel = kernels();
-  parallel_for(0, N, 8, [&](int64_t begin, int64_t end) { kernel.pack(pack, begin, end); });
+  parallel_for(0, N, grain_of(M / 4), [&](int64_t begin, int64_t end) { kernel.pack(pack, begin, end); });
   return bits;
 }
 
 Bits turned(const Bits& bits, int64_t N, int64_t M) {
   Bits result(words(N) * M);
   const Kernels& kernel = kernels();
-  parallel_for(0, words(M), 8, [&](int64_t begin, int64_t end) { kernel.turn(bits.data(), N, M, result.data(), begin, end); });
+  parallel_for(0, words(M), grain_of(16 * N), [&](int64_t begin, int64_t end) { kernel.turn(bits.data(), N, M, result.data(), begin, end); });
   return result;
 }
 
@@ -330,7 +330,8 @@ void run(const Sums& sums) {
   const int64_t wanted = (torch::stable::get_num_threads() + chunks - 1) / chunks;  // tiles, so that every thread has work
   const int64_t tiles = std::max((sums.outputs + kTile - 1) / kTile, std::min(wanted, (sums.outputs + 15) / 16));
   const int64_t tile = (sums.outputs + tiles - 1) / tiles;
-  parallel_for(0, tiles * chunks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = grain_of(tile * sums.sources * std::min(sums.channels, int64_t(kernel.chunk)) / 50);  // few masks are on
+  parallel_for(0, tiles * chunks, grain, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> buffer(new float[kernel.scratch_floats(tile) + 16]);
     float* scratch = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(buffer.get()) + 63) & ~uintptr_t(63));
     for (int64_t i = begin; i < end; ++i) {
@@ -347,7 +348,7 @@ Tensor mask_pool(const Tensor& masks, const Tensor& features) {
   STD_TORCH_CHECK(features.size(0) == B && features.size(2) == M, "mask_pool: shapes do not agree");
   const Tensor rows = rows_contiguous(masks);
   const bool adjacent = features.stride(1) == 1 || features.stride(2) == 1;
-  const Tensor from = adjacent ? features : torch::stable::contiguous(features);
+  const Tensor from = adjacent ? features : dense(features);
   Tensor out = torch::stable::new_empty(features, {B, N, C}, ScalarType::Float);
   const Number number = number_of(from);
   for (int64_t b = 0; b < B; ++b) {
@@ -366,7 +367,7 @@ Tensor mask_pool_backward(const Tensor& grad, const Tensor& masks, ScalarType dt
   const int64_t B = masks.size(0), N = masks.size(1), M = masks.size(2), C = grad.size(2);
   STD_TORCH_CHECK(grad.size(0) == B && grad.size(1) == N, "mask_pool_backward: shapes do not agree");
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float, "mask_pool_backward: grad must be float32");
-  const Tensor rows = rows_contiguous(masks), from = torch::stable::contiguous(grad);
+  const Tensor rows = rows_contiguous(masks), from = dense(grad);
   Tensor out = torch::stable::new_empty(grad, {B, channels_last ? M : C, channels_last ? C : M}, dtype);
   const Number number = number_of(out);
   for (int64_t b = 0; b < B; ++b) {

@@ -11,8 +11,9 @@ struct Match {
   const void *embeddings, *memory;  // (N, C), (M, C), contiguous, of one problem
   int64_t N, M, C;
   const int64_t *labels, *memory_labels;  // (N), (M), or null
-  float* scores;  // (N, M)
-  float* by_row;  // (N, M): softmax over the memory
+  float* scores;            // (N, M), the result
+  float *products, *by_row; // (N, stride): of embeddings and memory, their softmax over the memory
+  int64_t stride;           // M rounded up to kMostLanes; what stands behind M counts for nothing
   float* panels;  // the memory as floats, transposed: blocks of kLanes tracks, (blocks, C, kLanes), zeros past the last
   Number number;
 };
@@ -30,7 +31,7 @@ struct Greedy {
 
 struct Kernels {
   void (*panels)(const Match&, int64_t begin, int64_t end);   // rows of the memory, kMostLanes at a time
-  void (*rows)(const Match&, int64_t begin, int64_t end);     // groups of kRows: products into `scores`, their softmax into `by_row`
+  void (*rows)(const Match&, int64_t begin, int64_t end);     // groups of kRows: the products and their softmax
   void (*columns)(const Match&, int64_t begin, int64_t end);  // blocks of kColumns: softmax over the embeddings, the result
   void (*greedy)(const Greedy&);
 };
@@ -95,12 +96,8 @@ PYVSEG_INLINE void tile(const Match& m, const T* embeddings, int64_t row, int64_
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const int64_t column = (block + v) * kLanes, left = m.M - column;
-      float* to = m.scores + (row + r) * m.M + column;
-      if (left >= kLanes)
-        store(to, first ? load(to) + total[r][v] : total[r][v]);
-      else
-        for (int64_t l = 0; l < left; ++l) to[l] = first ? to[l] + total[r][v][l] : total[r][v][l];
+      float* to = m.products + (row + r) * m.stride + (block + v) * kLanes;
+      store(to, first ? load(to) + total[r][v] : total[r][v]);
     }
 }
 template <int R, typename T>
@@ -117,20 +114,28 @@ void products(const Match& m, int64_t row) {
 
 PYVSEG_INLINE vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
 
-// Exponentials of x - max, of which the largest is exactly 1; returns their sum.
-PYVSEG_INLINE float softmax_terms(const float* x, int64_t n, float* out) {
-  float highest = -__builtin_inff();
-  for (int64_t i = 0; i < n; ++i) highest = x[i] > highest ? x[i] : highest;
-  vfloat total{};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const vfloat term = exp_nonpositive(load(x + i) - highest);
+// The first n < kLanes lanes, minus infinity in the others.
+PYVSEG_INLINE vfloat first_lanes(vfloat v, int64_t n) {
+  vint lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < int32_t(n) ? v : splat(-__builtin_inff());
+}
+
+// n numbers; x and out have room up to a whole vector.
+PYVSEG_INLINE void softmax(float* x, int64_t n, float* out) {
+  const int64_t whole = n / kLanes * kLanes, end = (n + kLanes - 1) / kLanes * kLanes;
+  if (whole < n) store(x + whole, first_lanes(load(x + whole), n - whole));
+  vfloat highest = splat(-__builtin_inff()), total{};
+  for (int64_t i = 0; i < end; i += kLanes) highest = maximum(load(x + i), highest);
+  float most = highest[0];
+  for (int i = 1; i < kLanes; ++i) most = highest[i] > most ? highest[i] : most;
+  for (int64_t i = 0; i < end; i += kLanes) {
+    const vfloat term = exp_nonpositive(load(x + i) - most);
     store(out + i, term);
     total += term;
   }
-  float rest = 0;
-  for (; i < n; ++i) rest += out[i] = exp_nonpositive(splat(x[i] - highest))[0];
-  return sum(total) + rest;
+  const float share = 1.0f / sum(total);
+  for (int64_t i = 0; i < end; i += kLanes) store(out + i, load(out + i) * share);
 }
 
 template <typename T>
@@ -141,11 +146,7 @@ void rows_of(const Match& m, int64_t begin, int64_t end) {
       products<kRows, T>(m, i);
     else
       for (int64_t r = 0; r < count; ++r) products<1, T>(m, i + r);
-    for (int64_t r = 0; r < count; ++r) {
-      float* by_row = m.by_row + (i + r) * m.M;
-      const float total = softmax_terms(m.scores + (i + r) * m.M, m.M, by_row);
-      for (int64_t j = 0; j < m.M; ++j) by_row[j] /= total;
-    }
+    for (int64_t r = i; r < i + count; ++r) softmax(m.products + r * m.stride, m.M, m.by_row + r * m.stride);
   }
 }
 void rows(const Match& m, int64_t begin, int64_t end) {
@@ -156,37 +157,31 @@ void rows(const Match& m, int64_t begin, int64_t end) {
   if (m.number == Number::kHalf) rows_of<float16>(m, begin, end);
 }
 
-// kLanes columns from `column`, or the last n of them.
+// kLanes columns from `column`, of which the first n are there.
 PYVSEG_INLINE void column_softmax(const Match& m, int64_t column, int64_t n) {
-  const auto read = [&](const float* p) {
-    if (n == kLanes) return load(p);
-    float part[kLanes] = {};
-    for (int64_t l = 0; l < n; ++l) part[l] = p[l];
-    return load(part);
-  };
-  const auto write = [&](float* p, vfloat v) {
-    if (n == kLanes) return store(p, v);
-    for (int64_t l = 0; l < n; ++l) p[l] = v[l];
-  };
+  float *product = m.products + column, *score = m.scores + column;
+  const float* by_row = m.by_row + column;
   vfloat highest = splat(-__builtin_inff()), total{};
-  for (int64_t i = 0; i < m.N; ++i) highest = maximum(read(m.scores + i * m.M + column), highest);
+  for (int64_t i = 0; i < m.N; ++i) highest = maximum(load(product + i * m.stride), highest);
   for (int64_t i = 0; i < m.N; ++i) {
-    float* score = m.scores + i * m.M + column;
-    const vfloat term = exp_nonpositive(read(score) - highest);
-    write(score, term);
+    const vfloat term = exp_nonpositive(load(product + i * m.stride) - highest);
+    store(product + i * m.stride, term);
     total += term;
   }
-  for (int64_t i = 0; i < m.N; ++i) {
-    float* score = m.scores + i * m.M + column;
-    write(score, (read(m.by_row + i * m.M + column) + read(score) / total) * 0.5f);
+  const vfloat share = 1.0f / total;
+  for (int64_t i = 0; i < m.N; ++i, score += m.M) {
+    const vfloat both = (load(by_row + i * m.stride) + load(product + i * m.stride) * share) * 0.5f;
+    if (n == kLanes)
+      store(score, both);
+    else
+      __builtin_memcpy(score, &both, n * sizeof(float));
     for (int64_t l = 0; m.labels && l < n; ++l) score[l] *= m.labels[i] == m.memory_labels[column + l] ? 1.0f : 0.0f;
   }
 }
 void columns(const Match& m, int64_t begin, int64_t end) {
   const int64_t stop = end * kColumns < m.M ? end * kColumns : m.M;
-  int64_t column = begin * kColumns;
-  for (; column + kLanes <= stop; column += kLanes) column_softmax(m, column, kLanes);
-  if (column < stop) column_softmax(m, column, stop - column);
+  for (int64_t column = begin * kColumns; column < stop; column += kLanes)
+    column_softmax(m, column, stop - column < kLanes ? stop - column : kLanes);
 }
 
 void greedy(const Greedy& g) {
@@ -232,26 +227,27 @@ Tensor memory_match(const Tensor& embeddings, const Tensor& memory, const std::o
                     const std::optional<Tensor>& memory_labels) {
   STD_TORCH_CHECK(embeddings.dim() == 3 && memory.dim() == 3 && embeddings.size(2) == memory.size(2) && embeddings.size(0) == memory.size(0),
                   "memory_match: need (B, N, C) and (B, M, C)");
-  const Tensor e = torch::stable::contiguous(embeddings), m = torch::stable::contiguous(memory);
+  const Tensor e = dense(embeddings), m = dense(memory);
   const int64_t B = e.size(0), N = e.size(1), M = m.size(1), C = e.size(2);
   Tensor scores = torch::stable::new_empty(e, {B, N, M}, ScalarType::Float);
   const Number number = number_of(e);
   STD_TORCH_CHECK(number == number_of(m) && labels.has_value() == memory_labels.has_value(), "memory_match: dtypes or labels differ");
   Tensor own, theirs;
   if (labels.has_value()) {
-    own = torch::stable::contiguous(*labels);
-    theirs = torch::stable::contiguous(*memory_labels);
+    own = dense(*labels);
+    theirs = dense(*memory_labels);
     STD_TORCH_CHECK(own.numel() == B * N && theirs.numel() == B * M, "memory_match: labels do not fit");
   }
   const int64_t blocks = (M + kMostLanes - 1) / kMostLanes;
-  std::vector<float> by_row(N * M), room(blocks * kMostLanes * C + 16);
-  float* panels = room.data() + (-reinterpret_cast<uintptr_t>(room.data()) % 64) / sizeof(float);  // vectors within cache lines
+  const int64_t stride = blocks * kMostLanes, rows = 2 * N * stride;
+  const std::unique_ptr<float[]> room(new float[rows + stride * C + 16]);
+  float* aligned = room.get() + (-reinterpret_cast<uintptr_t>(room.get()) % 64) / sizeof(float);  // vectors within cache lines
   const Kernels& kernel = kernels();
   for (int64_t b = 0; b < B; ++b) {
     const Match match{at(e, b * N * C), at(m, b * M * C), N, M, C,
                       labels.has_value() ? own.const_data_ptr<int64_t>() + b * N : nullptr,
                       labels.has_value() ? theirs.const_data_ptr<int64_t>() + b * M : nullptr,
-                      scores.mutable_data_ptr<float>() + b * N * M, by_row.data(), panels, number};
+                      scores.mutable_data_ptr<float>() + b * N * M, aligned, aligned + N * stride, stride, aligned + rows, number};
     parallel_for(0, blocks, std::max<int64_t>(1, 40000 / (kMostLanes * C + 1)), [&](int64_t begin, int64_t end) { kernel.panels(match, begin, end); });
     parallel_for(0, (N + kRows - 1) / kRows, std::max<int64_t>(1, 400000 / (kRows * M * (C + 50) + 1)),
                  [&](int64_t begin, int64_t end) { kernel.rows(match, begin, end); });
@@ -264,11 +260,11 @@ Tensor memory_match(const Tensor& embeddings, const Tensor& memory, const std::o
 // scores (B, N, M) float32; weights (B, M) float32 or none; claims (B, N, M) bool or none -> (B, N) int64, -1 without a match
 Tensor greedy_assignment(const Tensor& scores, double threshold, const std::optional<Tensor>& weights, const std::optional<Tensor>& claims) {
   STD_TORCH_CHECK(scores.dim() == 3 && scores.scalar_type() == ScalarType::Float, "greedy_assignment: scores must be (B, N, M) float32");
-  const Tensor s = torch::stable::contiguous(scores);
+  const Tensor s = dense(scores);
   const int64_t B = s.size(0), N = s.size(1), M = s.size(2);
   Tensor w, c;
-  if (weights.has_value()) w = torch::stable::contiguous(*weights);
-  if (claims.has_value()) c = torch::stable::contiguous(*claims);
+  if (weights.has_value()) w = dense(*weights);
+  if (claims.has_value()) c = dense(*claims);
   STD_TORCH_CHECK((!weights.has_value() || w.numel() == B * M) && (!claims.has_value() || c.numel() == s.numel()),
                   "greedy_assignment: weights or claims do not fit");
   Tensor match = torch::stable::new_empty(s, {B, N}, ScalarType::Long);

@@ -154,8 +154,8 @@ std::tuple<Tensor, Tensor, Tensor> memory_read_backward(const Tensor& grad, cons
                       weight.scalar_type() == ScalarType::Float,
                   "memory_read_backward: dtypes do not agree");
   const Tensor keys = rows_contiguous(key), queries = rows_contiguous(query), values = rows_contiguous(value);
-  const Tensor grads = torch::stable::contiguous(grad), indices = torch::stable::contiguous(index);
-  const Tensor weights = torch::stable::contiguous(weight);
+  const Tensor grads = dense(grad), indices = dense(index);
+  const Tensor weights = dense(weight);
   Tensor grad_key = torch::stable::new_empty(key, {B, N, CK});
   Tensor grad_value = torch::stable::new_empty(value, {B, O, N, CV});
   Tensor grad_query = torch::stable::new_empty(query, {B, M, CK});

@@ -123,7 +123,8 @@ Tensor run(const Arguments& arguments) {
   const int64_t parts = copies ? 1 : std::max<int64_t>(1, (p.Q + 63) / 64);
   const Map map = copies ? layout.padded() : layout.in_place();
   const int64_t width = (p.D + kernel.lanes - 1) / kernel.lanes * kernel.lanes;
-  parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = grain_of((p.Q / parts * p.L * p.P + (copies ? layout.pixels : 0)) * p.D / 4);
+  parallel_for(0, heads * parts, grain, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<char[]> scratch(new char[kernel.scratch_bytes(p)]);
     const std::unique_ptr<float[]> rows(copies ? new float[layout.padded_pixels * width]() : nullptr);
     for (int64_t task = begin; task < end; ++task) {

@@ -265,7 +265,7 @@ namespace {
 // body(task) for B * H heads cut into parts of 0..size, with rows of a padded map for each thread.
 template <typename Body>
 void for_heads(const Problem& p, int64_t parts, int64_t size, int64_t grain, int64_t row_floats, int64_t scratch_bytes, const Body& body) {
-  parallel_for(0, p.B * p.H * parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.B * p.H * parts, grain_of(p.Q / parts * p.L * p.P * p.D + row_floats), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> rows(new float[row_floats]());
     const std::unique_ptr<char[]> scratch(new char[scratch_bytes]);
     for (int64_t i = begin; i < end; ++i) {
@@ -282,7 +282,7 @@ std::vector<Tensor> run(const Tensor& grad, const Arguments& arguments) {
   const Problem& p = layout.problem;
   STD_TORCH_CHECK(grad.numel() == p.B * p.Q * p.H * p.D && grad.size(1) == p.Q && number_of(grad) == p.number, arguments.op,
                   ": grad must be (B, Q, H * D) of value's dtype");
-  const Tensor grads = torch::stable::contiguous(grad);
+  const Tensor grads = dense(grad);
   const auto like = [](const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); };
   Tensor value = like(arguments.value), place = like(arguments.place), weight = like(arguments.weight);
   std::vector<Tensor> result{value, place, weight};

@@ -174,12 +174,12 @@ void sort_by_row(Corners* corners, int64_t n, int64_t height, int64_t width) {
 std::vector<Corners> corners_of(const Tensor& points, int64_t height, int64_t width, int64_t planes) {
   STD_TORCH_CHECK(points.dim() == 3 && points.size(2) == 2 && points.scalar_type() == ScalarType::Float, "point_sample: points");
   STD_TORCH_CHECK(height * width <= INT32_MAX, "point_sample: planes of 2^31 elements or more");
-  const Tensor rows = torch::stable::contiguous(points);
+  const Tensor rows = dense(points);
   const int64_t sets = points.size(0), n = points.size(1);
   std::vector<Corners> corners(sets * n);
   const float* from = rows.const_data_ptr<float>();
   const Kernels& kernel = kernels();
-  parallel_for(0, sets, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, sets, grain_of(n), [&](int64_t begin, int64_t end) {
     for (int64_t set = begin; set < end; ++set) {
       kernel.corners(from + 2 * set * n, n, height, width, corners.data() + set * n);
       if (planes >= 8 * sets) sort_by_row(corners.data() + set * n, n, height, width);  // costs about as much as one plane
@@ -196,7 +196,7 @@ const Corners* corners_at(const std::vector<Corners>& corners, const Tensor& poi
 // masks (N, T, H, W) float32, bfloat16, float16 or bool; points (N or 1, K, 2) float32 -> (N, T, K) of the masks' dtype, float32 for bool
 Tensor point_sample(const Tensor& masks, const Tensor& points) {
   STD_TORCH_CHECK(masks.dim() == 4, "point_sample: masks must have four dimensions");
-  const Tensor planes = torch::stable::contiguous(masks);
+  const Tensor planes = dense(masks);
   const int64_t N = planes.size(0), T = planes.size(1), H = planes.size(2), W = planes.size(3), K = points.size(1);
   STD_TORCH_CHECK(points.size(0) == N || points.size(0) == 1, "point_sample: need one set of points, or one per mask");
   const Element element = element_of(planes);
@@ -206,7 +206,7 @@ Tensor point_sample(const Tensor& masks, const Tensor& points) {
   const void* from = planes.const_data_ptr();
   void* to = samples.mutable_data_ptr();
   const Kernels& kernel = kernels();
-  parallel_for(0, N * T, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, N * T, grain_of(K), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernel.sample({from, to, corners_at(corners, points, i / T), H * W, K, element}, i);
   });
   return samples;
@@ -215,7 +215,7 @@ Tensor point_sample(const Tensor& masks, const Tensor& points) {
 // grad (N, T, K), in the masks' dtype -> (N, T, H, W)
 Tensor point_sample_backward(const Tensor& grad, const Tensor& points, int64_t height, int64_t width) {
   STD_TORCH_CHECK(grad.dim() == 3, "point_sample_backward: grad must have three dimensions");
-  const Tensor samples = torch::stable::contiguous(grad);
+  const Tensor samples = dense(grad);
   const int64_t N = samples.size(0), T = samples.size(1), K = samples.size(2), size = height * width;
   STD_TORCH_CHECK(points.size(1) == K && (points.size(0) == N || points.size(0) == 1), "point_sample_backward: points do not fit");
   Tensor masks = torch::stable::new_empty(grad, {N, T, height, width});
@@ -225,7 +225,7 @@ Tensor point_sample_backward(const Tensor& grad, const Tensor& points, int64_t h
   const void* from = samples.const_data_ptr();
   void* to = masks.mutable_data_ptr();
   const Kernels& kernel = kernels();
-  parallel_for(0, N * T, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, N * T, grain_of(K + size), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(element == Element::kFloat ? 0 : size);
     for (int64_t i = begin; i < end; ++i)
       kernel.backward({from, to, corners_at(corners, points, i / T), size, K, element, scratch.data()}, i);

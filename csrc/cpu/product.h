@@ -225,7 +225,9 @@ inline void multiply(const ProductKernel& kernel, const std::vector<Product>& pr
   for (const Product& p : products)
     for (int64_t panel = 0; panel * kernel.panel < p.columns; ++panel)
       for (int64_t row = 0; row < p.rows; row += kernel.rows) tasks.push_back({&p, panel, row});
-  parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
+  const Product& first = products.front();
+  const int64_t grain = grain_of(first.depth * kernel.panel * std::min<int64_t>(first.rows, kernel.rows) / 10);
+  parallel_for(0, tasks.size(), grain, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> scratch(new float[kernel.panel_floats]);
     for (int64_t i = begin; i < end; ++i) {
       const Task& t = tasks[i];

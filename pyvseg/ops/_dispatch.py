@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation of an op runs: compiled for the CPU, CUDA, Triton, or the PyTorch reference.
 
-An op asks `choice = choose(name, backend, tensors...)` and calls `kernels(choice).<op>(...)`. What is there is found out by
+An op asks `choice = choose(name, backend, tensors...)` and runs `call(choice, op, ...)`. What is there is found out by
 itself: a compiled kernel is there when its library registered `pyvseg::<op>` for the device, a Triton one when
 `pyvseg/kernels/<op>.py` exists. Triton's are `pyvseg_triton::<op>`, custom ops of the same schema, fake and gradient:
 `register_fake` and `register_autograd` take the op's bare name and serve both.
@@ -91,11 +91,11 @@ def interpreting() -> bool:
 @torch.compiler.assume_constant_result
 def missing(op: str, name: str) -> str:
     """Why this backend of the op cannot run here; empty when it can."""
-    return _missing(op, name)
+    return _missing(op, name, _libraries.get(name, ""))
 
 
 @functools.cache
-def _missing(op: str, name: str) -> str:
+def _missing(op: str, name: str, library: str) -> str:
     if name == "reference":
         return ""
     if name == "triton" and not _extension_missing:
@@ -109,7 +109,7 @@ def _missing(op: str, name: str) -> str:
         return reason
     if not hasattr(torch.ops.pyvseg, op):
         return "not in the compiled extension, which is older than this op; reinstall"
-    there = torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvseg::{op}", name.upper())
+    there = torch._C._dispatch_has_kernel_for_dispatch_key(f"{library}::{op}", name.upper())
     return "" if there else f"no {name} kernel for this op"
 
 
@@ -122,13 +122,16 @@ def _warn(op: str, device: str, slower: str) -> None:
     warnings.warn(f"pyvseg.ops.{op} runs on the PyTorch reference, about {slower} slower: {reason}", stacklevel=4)
 
 
-def choose(op: str, name: str, *tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES, slower: str) -> str:
-    """The backend for these tensors: `name`, or what the environment and `backend()` say, or the fastest that can."""
+def choose(op: str, name: str, *tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES, slower: str, few: float = 0) -> str:
+    """The backend for these tensors: `name`, or what the environment and `backend()` say, or the fastest that can.
+
+    With gradients on a CPU the fastest is the reference up to `few` elements: an op of ours calls Python in the backward.
+    """
     device = tensors[0].device.type
     fits = all(t.dtype in dtypes for t in tensors)
     name = _wish if _checked(name) == "auto" else name
     if name == "auto":
-        if not fits:
+        if not fits or (device == "cpu" and few and _is_small(tensors, few)):
             return "reference"
         for candidate in _in_order(op, device, tensors):
             if candidate in BACKENDS and not missing(op, candidate):
@@ -143,6 +146,11 @@ def choose(op: str, name: str, *tensors: Tensor, dtypes: tuple[torch.dtype, ...]
         if reason := missing(op, name):
             raise ValueError(f"backend={name!r} is not available for {op}: {reason}")
     return name
+
+
+def _is_small(tensors: tuple[Tensor, ...], few: float) -> bool:
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and not torch.compiler.is_compiling()
+    return wanted and sum(t.numel() for t in tensors) <= few
 
 
 def _in_order(op: str, device: str, tensors: tuple[Tensor, ...]) -> tuple[str, ...]:
@@ -183,11 +191,45 @@ _libraries = {"cpu": "pyvseg", "cuda": "pyvseg", "triton": "pyvseg_triton"}
 _triton = torch.library.Library("pyvseg_triton", "DEF")  # noqa: TOR901
 _fakes: dict[str, Callable] = {}
 _gradients: dict[str, tuple[Callable, Callable]] = {}
+_functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
 
 
 def kernels(choice: str):
-    """The library of the chosen backend: `kernels(choice).memory_read(...)` runs that backend's op."""
+    """The library of the chosen backend, whose `memory_read` is that backend's op."""
     return getattr(torch.ops, _libraries[choice])
+
+
+def call(choice: str, op: str, *args):
+    """Runs the op of the chosen backend. Eager calls go around the layers of Python between an op and its kernel that
+    `torch.library` puts there for tracing: they take longer than a small op."""
+    run = getattr(kernels(choice), op)
+    if torch.compiler.is_compiling():
+        return run(*args)
+    if torch.is_grad_enabled() and _require_grad(args):
+        function = _functions.get((_libraries[choice], op))
+        return function.apply(*_flat(args)) if function else run(*args)
+    return _below_autograd(run.default, *args)
+
+
+def _flat(args: tuple) -> list:
+    """Tensors of lists one by one, as an autograd.Function wants them, and last how to put them together again."""
+    lengths = [len(x) if isinstance(x, list) and isinstance(x[0], Tensor) else None for x in args]
+    return [each for x, n in zip(args, lengths) for each in ([x] if n is None else x)] + [lengths]
+
+
+def _unflat(flat: tuple) -> list:
+    *flat, lengths = flat
+    rest = iter(flat)
+    return [next(rest) if n is None else [next(rest) for _ in range(n)] for n in lengths]
+
+
+def _require_grad(args: tuple | list) -> bool:
+    return any(x.requires_grad if isinstance(x, Tensor) else isinstance(x, list) and _require_grad(x) for x in args)
+
+
+def _below_autograd(run: Callable, *args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return run(*args)
 
 
 def schema(op: str) -> str:
@@ -245,6 +287,24 @@ def _differentiate(library: str, op: str) -> None:
         save(ctx, inputs, output)
 
     torch.library.register_autograd(f"{library}::{op}", backward, setup_context=setup_context)
+
+    run = getattr(getattr(torch.ops, library), op).default
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(*flat):
+            return _below_autograd(run, *_unflat(flat))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            setup_context(ctx, _unflat(inputs), output)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            given = backward(ctx, *grads)
+            return *_flat(given)[:-1], None
+
+    _functions[library, op] = Direct
 
 
 def _triton_kernel(module: str, op: str) -> Callable:

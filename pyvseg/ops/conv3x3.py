@@ -93,7 +93,7 @@ def conv3x3(
     choice = _dispatch.choose("conv3x3", backend, *tensors, dtypes=(torch.float32,), slower="10 times")
     if choice == "reference" or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return reference(x, *weight, bias, residual, relu_input)
-    return _dispatch.kernels(choice).conv3x3(x, *weight, bias, residual, relu_input)
+    return _dispatch.call(choice, "conv3x3", x, *weight, bias, residual, relu_input)
 
 
 def reference(x: Tensor, tiles: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None, relu_input: bool) -> Tensor:

@@ -14,7 +14,7 @@ from pyvseg.ops import _dispatch
 __all__ = ["KernelUpdator", "kernel_update", "mask_pool"]
 
 _SLOWER = "4 to 10 times"
-_NARROW = 16  # kernels of fewer channels are updated faster by PyTorch, in whose small calls less is wasted
+_NARROW, _MANY = 48, 128  # the gradient of many kernels of few channels is quicker in PyTorch
 _LINEARS = ("dynamic_layer", "input_layer", "input_gate", "update_gate", "fc_layer")
 _NORMS = ("norm_in", "norm_out", "input_norm_in", "input_norm_out", "fc_norm")
 
@@ -47,10 +47,10 @@ def mask_pool(
     if soft:
         wide = torch.promote_types(torch.promote_types(masks.dtype, features.dtype), torch.float32)
         return masks.to(wide) @ features.to(wide).mT
-    choice = _dispatch.choose("kernel_update", backend, masks, features, slower=_SLOWER)
+    choice = _dispatch.choose("kernel_update", backend, masks, features, slower=_SLOWER, few=1 << 11)
     if choice == "reference":
         return reference_pool(masks, features)
-    return _dispatch.kernels(choice).mask_pool(masks.detach(), features)
+    return _dispatch.call(choice, "mask_pool", masks.detach(), features)
 
 
 def reference_pool(masks: Tensor, features: Tensor) -> Tensor:
@@ -94,7 +94,8 @@ class KernelUpdator(nn.Module):
         float32, bfloat16 or float16; between the inputs and the result everything is float32. Raises ValueError for shapes
         and devices, TypeError for dtypes, naming the argument.
         """
-        parameters = [p for name in _LINEARS + _NORMS for p in (getattr(self, name).weight, getattr(self, name).bias)]
+        modules = [self._modules[name] for name in _LINEARS + _NORMS]  # as attributes they take longer than a small update
+        parameters = [p for module in modules for p in (module._parameters["weight"], module._parameters["bias"])]
         C = self.norm_in.normalized_shape[0]
         for name, tensor in (("pooled", pooled), ("kernels", kernels)):
             _check_float(name, tensor)
@@ -104,13 +105,13 @@ class KernelUpdator(nn.Module):
                 raise ValueError(f"{name} is on {tensor.device} but the updator on {parameters[0].device}")
         if pooled.shape != kernels.shape:
             raise ValueError(f"pooled must have the kernels' shape {tuple(kernels.shape)}, got {tuple(pooled.shape)}")
-        narrow = backend == "auto" and C < _NARROW
+        narrow = backend == "auto" and C < _NARROW and torch.is_grad_enabled() and kernels.numel() > _MANY * C
         choice = "reference" if narrow else _dispatch.choose("kernel_update", backend, kernels, pooled, *parameters, slower=_SLOWER)
         eps = self.norm_in.eps
         if choice == "reference":
             return reference_update(pooled, kernels, parameters, eps)
         rows = pooled.reshape(-1, C).float(), kernels.reshape(-1, C)
-        return _dispatch.kernels(choice).kernel_update(*rows, parameters, eps)[0].view(kernels.shape)
+        return _dispatch.call(choice, "kernel_update", *rows, parameters, eps)[0].view(kernels.shape)
 
 
 def reference_update(pooled: Tensor, kernels: Tensor, parameters: list[Tensor], eps: float = 1e-5) -> Tensor:

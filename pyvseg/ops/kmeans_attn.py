@@ -5,6 +5,7 @@ Each position joins the one cluster of its largest logit, and each cluster sums 
 one-hot matrix of the published formulation nor, unless they are asked for, the logits are ever stored.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from pyvseg.ops import _dispatch
 __all__ = ["KMeansAttn", "KMeansPool", "kmeans_assign", "kmeans_attn", "kmeans_pool"]
 
 _SLOWER = "3 to 8 times"
-_FEW = 16  # positions of a map below which PyTorch is quicker on a CPU than packing clusters and adding up bins
+_FEW = 1 << 14  # numbers whose gradient PyTorch is quicker at
 
 
 class KMeansAttn(NamedTuple):
@@ -64,10 +65,8 @@ def kmeans_attn(
     scale, bias = (_per_cluster(name, x, default, clusters) for name, x, default in (("scale", scale, 1), ("bias", bias, 0)))
     centers = clusters.expand(frames, -1, -1) if B == 1 else clusters.repeat_interleave(frames, 0)
     inputs = (pixel.flatten(2), centers, value.flatten(2), scale, bias)
-    choice = _dispatch.choose("kmeans_attn", backend, pixel, value, slower=_SLOWER)
-    if choice == "cpu" and backend == "auto" and inputs[0].shape[2] < _FEW:
-        choice = "reference"
-    run = reference if choice == "reference" else _dispatch.kernels(choice).kmeans_attn
+    choice = _dispatch.choose("kmeans_attn", backend, pixel, value, slower=_SLOWER, few=_FEW)
+    run = reference if choice == "reference" else partial(_dispatch.call, choice, "kmeans_attn")
     update, assign, count, logits = run(*inputs, want_logits)
     shape = pixel.shape[2:]
     update, count = _reduced(update, count, frames, reduction)
@@ -88,7 +87,7 @@ def kmeans_assign(
         raise ValueError(f"logits must be (B, N, *S) with at least one cluster, got shape {tuple(logits.shape)}")
     rows = logits.detach().flatten(2)
     choice = _dispatch.choose("kmeans_attn", backend, logits, slower=_SLOWER)
-    assign = rows.argmax(1).int() if choice == "reference" else _dispatch.kernels(choice).kmeans_assign(rows)
+    assign = rows.argmax(1).int() if choice == "reference" else _dispatch.call(choice, "kmeans_assign", rows)
     return assign.unflatten(1, logits.shape[2:])
 
 
@@ -121,8 +120,8 @@ def kmeans_pool(
         raise ValueError(f"frames must divide value's {value.shape[0]} maps, got {frames}")
     if assign.dtype != torch.int32:
         assign = assign.clamp(-1, clusters).int()
-    choice = _dispatch.choose("kmeans_attn", backend, value, slower=_SLOWER)
-    pool = reference_pool if choice == "reference" else _dispatch.kernels(choice).kmeans_pool
+    choice = _dispatch.choose("kmeans_attn", backend, value, slower=_SLOWER, few=_FEW)
+    pool = reference_pool if choice == "reference" else partial(_dispatch.call, choice, "kmeans_pool")
     update, count = pool(assign.flatten(1), value.flatten(2), clusters)
     return KMeansPool(*_reduced(update, count, frames, reduction))
 

@@ -52,7 +52,7 @@ def mask_costs(
     choice = _dispatch.choose("mask_cost", backend, logits, targets, dtypes=_DTYPES, slower=_SLOWER)
     if choice == "reference":
         return reference(logits, targets)
-    overlap, entropy, prob, area = _dispatch.kernels(choice).mask_cost(logits, targets)
+    overlap, entropy, prob, area = _dispatch.call(choice, "mask_cost", logits, targets)
     return MaskCosts(1 - (2 * overlap + 1) / (prob[:, None] + area + 1), entropy / max(size, 1))
 
 

@@ -38,7 +38,7 @@ def pack_masks(
         raise ValueError(f"masks must be (N, *S), got shape {tuple(masks.shape)}")
     flat = masks.detach().reshape(masks.shape[0], masks.shape[1:].numel())
     choice = _dispatch.choose("mask_iou", backend, flat, dtypes=_PACKABLE, slower=_SLOWER)
-    bits = reference_pack(flat) if choice == "reference" else _dispatch.kernels(choice).pack_masks(flat)
+    bits = reference_pack(flat) if choice == "reference" else _dispatch.call(choice, "pack_masks", flat)
     return PackedMasks(bits, flat.shape[1])
 
 
@@ -60,8 +60,9 @@ def mask_overlap(
     if a.bits.device != b.bits.device:
         raise ValueError(f"b is on {b.bits.device} but a on {a.bits.device}")
     choice = _dispatch.choose("mask_iou", backend, a.bits, b.bits, dtypes=(torch.int64,), slower=_SLOWER)
-    overlap = reference_overlap if choice == "reference" else _dispatch.kernels(choice).mask_iou
-    return overlap(a.bits, b.bits)
+    if choice == "reference":
+        return reference_overlap(a.bits, b.bits)
+    return _dispatch.call(choice, "mask_iou", a.bits, b.bits)
 
 
 def mask_iou(
@@ -79,6 +80,11 @@ def mask_iou(
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point() and b.is_floating_point():
         return _iou(*_soft_overlap(a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype == torch.bool and a.shape[1:] == b.shape[1:] and a.ndim > 1:
+        x, y = (masks if masks.ndim == 2 else masks.reshape(masks.shape[0], masks.shape[1:].numel()) for masks in (a, b))
+        choice = _dispatch.choose("mask_iou", backend, x, y, dtypes=_PACKABLE, slower=_SLOWER)
+        if a.device == b.device and choice != "reference" and not _dispatch.missing("mask_ratio", choice):
+            return _dispatch.call(choice, "mask_ratio", x, y)
     return _iou(*mask_overlap(a, b, backend=backend))
 
 
@@ -136,6 +142,11 @@ def _unpack(bits: Tensor) -> Tensor:
 @_dispatch.register_fake("pack_masks")
 def _fake_pack(masks: Tensor) -> Tensor:
     return masks.new_empty(masks.shape[0], (masks.shape[1] + 63) // 64, dtype=torch.int64)
+
+
+@_dispatch.register_fake("mask_ratio")
+def _fake_ratio(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=torch.float32)
 
 
 @_dispatch.register_fake("mask_iou")

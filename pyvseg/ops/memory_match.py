@@ -42,13 +42,15 @@ def memory_match(
     """
     _check(embeddings, memory, metric, labels, memory_labels, locations, memory_locations, temperature)
     batch, (N, C), M = embeddings.shape[:-2], embeddings.shape[-2:], memory.shape[-2]
-    choice = _dispatch.choose("memory_match", backend, embeddings, memory, slower="2 to 5 times")
+    choice = _dispatch.choose("memory_match", backend, embeddings, memory, slower="2 to 5 times", few=math.inf)
     if choice == "reference" or metric != "bisoftmax":
         scores = reference(embeddings, memory, metric, labels, memory_labels)
     else:
         B = math.prod(batch)
-        flat = (None if x is None else x.long().reshape(B, x.shape[-1]) for x in (labels, memory_labels))
-        scores = _dispatch.kernels(choice).memory_match(embeddings.reshape(B, N, C), memory.reshape(B, M, C), *flat).reshape(*batch, N, M)
+        flat = [None if x is None else x.long().reshape(B, x.shape[-1]) for x in (labels, memory_labels)]
+        problems = (x if len(batch) == 1 else x.reshape(B, x.shape[-2], C) for x in (embeddings, memory))
+        scores = _dispatch.call(choice, "memory_match", *problems, *flat)
+        scores = scores if len(batch) == 1 else scores.reshape(*batch, N, M)
     if locations is None:
         return scores
     distance = torch.cdist(locations.to(scores.dtype), memory_locations.to(scores.dtype), compute_mode="donot_use_mm_for_euclid_dist")

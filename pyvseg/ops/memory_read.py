@@ -58,7 +58,7 @@ def memory_read(
     else:
         dot = shrinkage is not None or selection is not None
         keys = _expanded(memory_key, query_key, shrinkage, selection) if dot else (memory_key, query_key)
-        read, index, weight = _dispatch.kernels(choice).memory_read(keys[0], memory_value, keys[1], top_k, dot)
+        read, index, weight = _dispatch.call(choice, "memory_read", keys[0], memory_value, keys[1], top_k, dot)
         usage = _usage(index, weight, N) if return_usage else None
     return (read, usage) if return_usage else read
 

@@ -47,7 +47,7 @@ def ms_deform_attn(
     choice = _dispatch.choose("ms_deform_attn", backend, value, locations, weights, slower=_SLOWER)
     if choice == "reference":
         return reference(value, shapes, locations, weights)
-    return _dispatch.kernels(choice).ms_deform_attn(value, _flat(shapes), locations, weights)
+    return _dispatch.call(choice, "ms_deform_attn", value, _flat(shapes), locations, weights)
 
 
 def ms_deform_attn_fused(
@@ -73,7 +73,7 @@ def ms_deform_attn_fused(
     choice = _dispatch.choose("ms_deform_attn", backend, value, points, offsets, logits, slower=_SLOWER)
     if choice == "reference":
         return reference_fused(value, shapes, points, offsets, logits)
-    return _dispatch.kernels(choice).ms_deform_attn_fused(value, _flat(shapes), points, offsets, logits)
+    return _dispatch.call(choice, "ms_deform_attn_fused", value, _flat(shapes), points, offsets, logits)
 
 
 def reference(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:

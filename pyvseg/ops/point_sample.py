@@ -30,12 +30,12 @@ def point_sample(
     N, *T, H, W = masks.shape
     K = points.shape[-2]
     planes = masks.reshape(N, masks.shape[1:-2].numel(), H, W)
-    choice = _dispatch.choose("point_sample", backend, planes, dtypes=_DTYPES, slower="3 to 10 times")
+    choice = _dispatch.choose("point_sample", backend, planes, dtypes=_DTYPES, slower="3 to 10 times", few=1 << 15)
     if choice == "reference":
         samples = reference(planes, points)
     else:
         sets = points.detach().float().reshape(-1 if points.ndim == 2 else N, K, 2) if K else points.new_empty(1, 0, 2, dtype=torch.float32)
-        samples = _dispatch.kernels(choice).point_sample(planes, sets)
+        samples = _dispatch.call(choice, "point_sample", planes, sets)
     return samples.reshape(N, *T, K)
 
 

@@ -54,5 +54,11 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture(autouse=True)
+def kernels_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small problems with gradients go to our kernels too, which `auto` leaves to PyTorch for speed."""
+    monkeypatch.setattr(_dispatch, "_is_small", lambda *_: False)
+
+
+@pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import harness, timing
+from benchmarks import harness, sweep, timing
 
 
 def case() -> harness.Case:
@@ -32,3 +32,19 @@ def test_results_are_written(tmp_path):
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["way"] for row in record["rows"]] == ["slow", "quick"]
     assert "| slow |" in (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("op", sweep.DRAWS)
+def test_problems_of_the_sweep_run(op):
+    for seed in range(3):
+        problem = sweep.DRAWS[op](sweep.Draw(seed))
+        results = [run() for run in (problem.ours, *problem.theirs)]
+        shapes = [[t.shape for t in (each if isinstance(each, tuple) else (each,))] for each in results if each is not None]
+        assert all(shape == shapes[0] for shape in shapes), problem.name
+
+
+def test_sweep_tells_losses(monkeypatch, capsys):
+    slow, quick = case().ways.values()
+    monkeypatch.setattr(sweep, "DRAWS", {"op": lambda draw: sweep.Problem("tiny", slow, (quick,))})
+    assert not sweep.sweep("op", 2, 0, 1e-3, 5)
+    assert "2 of 2 slower" in capsys.readouterr().out

@@ -33,8 +33,11 @@ def test_counts_are_exact(isa, backend, n, m, size):
 def test_any_shape(n, m, numel, seed):
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.rand(k, numel, generator=generator) < torch.rand(k, 1, generator=generator) for k in (n, m))
-    for mine, theirs in zip(mask_overlap(a, b), exact_overlap(a, b)):
+    exact = exact_overlap(a, b)
+    for mine, theirs in zip(mask_overlap(a, b), exact):
         assert torch.equal(mine, theirs)
+    union = exact[1][:, None] + exact[2] - exact[0]
+    assert torch.equal(mask_iou(a, b), exact[0] / union.clamp(min=1))  # in one call
 
 
 @pytest.mark.parametrize("numel", [1, 63, 64, 65, 1000])

@@ -8,6 +8,8 @@ import torch
 
 from pyvseg.ops import _dispatch, _measured
 
+is_small = _dispatch._is_small  # before the tests' fixture turns it off
+
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
@@ -55,3 +57,11 @@ def test_the_table_in_the_package_is_sound():
     for each in _measured.rows():
         assert each["backend"] in each["ms"] and each["machine"] and each["case"], json.dumps(each)
         assert each["device"] in ("cpu", "cuda") and hasattr(torch, each["dtype"])
+
+
+def test_small_gradients_are_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_is_small", is_small)
+    choose = lambda n, few: _dispatch.choose("memory_read", "auto", torch.zeros(n, requires_grad=True), slower="", few=few)  # noqa: E731
+    assert [choose(8, 8), choose(9, 8), choose(8, 0)] == ["reference", "cpu", "cpu"]
+    with torch.no_grad():
+        assert choose(8, 8) == "cpu"
