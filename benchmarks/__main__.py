@@ -89,7 +89,7 @@ def main() -> int:
             continue
         try:
             rows = harness.rows_of(case, peak, args.budget, args.rounds, args.device)
-        except RuntimeError as error:  # memory that does not suffice must not end the run
+        except (ImportError, RuntimeError) as error:  # a peer or memory that is not there must not end the run
             print(f"{case.op}: {case.name} FAILED: {harness.first_line(error)}", file=sys.stderr)
             failed = True
             continue
