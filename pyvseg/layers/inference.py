@@ -39,7 +39,6 @@ def for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     model.eval().requires_grad_(False)
     fold_batch_norms(model)
-    model.to(dtype=dtype, memory_format=torch.channels_last)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if hasattr(child, "for_inference"):
@@ -48,4 +47,4 @@ def for_inference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 setattr(module, name, Linear(child))
             elif type(child) is nn.Conv2d and child.groups == 1:
                 setattr(module, name, fast_conv(child))
-    return model
+    return model.to(dtype=dtype, memory_format=torch.channels_last)

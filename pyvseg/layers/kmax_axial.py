@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyvseg.layers.inference import Linear
 from pyvseg.layers.normed import BATCH_NORM, LinearBN
 
 REACH = 254  # the tables know relative positions up to this distance
@@ -55,6 +56,66 @@ class AxisAttention(nn.Module):
         position = torch.einsum("bshlm,lmd->bslhd", weight, self.value_rpe[distance])
         both = torch.cat([content, position], 3).flatten(3)
         return self.output_norm(both.flatten(0, 2)).view_as(both).unflatten(-1, (2, -1)).sum(-2)
+
+    def for_inference(self) -> nn.Module:
+        return _FastAxisAttention(self)
+
+
+class _FastAxisAttention(nn.Module):
+    """`AxisAttention` with its norms folded into the projection and into factors of heads and channels.
+
+    The shift of the similarity norm is the same for all keys, so softmax does not see it. Weights sum to 1, so the shift of
+    the output norm goes into the values.
+    """
+
+    def __init__(self, attention: AxisAttention) -> None:
+        super().__init__()
+        key, _, value = self.depths = attention.depths
+        self.query_rpe, self.key_rpe, self.value_rpe = attention.query_rpe, attention.key_rpe, attention.value_rpe
+        (similarity, _), (output, shift) = _affine(attention.similarity_norm), _affine(attention.output_norm)
+        qkv = attention.qkv.conv
+        rows = torch.cat([similarity.new_ones(2 * key), output[:value]])
+        qkv.weight, bias = nn.Parameter(qkv.weight * rows[:, None], requires_grad=False), qkv.bias * rows
+        bias[2 * key :] += shift.unflatten(0, (2, -1)).sum(0)
+        qkv.bias = nn.Parameter(bias, requires_grad=False)
+        self.qkv = Linear(qkv)
+        content, query, key = similarity.view(3, HEADS, 1)
+        self.register_buffer("content", content)  # of the products of queries and keys, by head
+        self.register_buffer("factors", torch.stack([query, key]))  # of their products with the tables
+        self.register_buffer("position", output[value:].view(HEADS, -1))  # of what is read from the table
+        self._tables: dict[int, list[Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, S, L, _ = x.shape
+        q, k, v = (part.reshape(B * S, L, HEADS, -1) for part in self.qkv(x).split(self.depths, -1))
+        query_table, key_table, value_table = self._tables_of(L)
+        by_head = lambda t: t.transpose(1, 2).reshape(B * S * HEADS, L, -1)  # noqa: E731
+        by_place = lambda t: t.transpose(0, 1).reshape(L, B * S * HEADS, -1)  # noqa: E731
+        similarity = by_head(q * self.content) @ by_head(k).mT
+        similarity += (by_place(q * self.factors[0]) @ query_table).transpose(0, 1)
+        similarity += (by_place(k * self.factors[1]) @ key_table).permute(1, 2, 0)
+        weight = similarity.softmax(-1)
+        content = (weight @ by_head(v)).view(B, S, HEADS, L, -1).transpose(2, 3)
+        position = (weight.transpose(0, 1) @ value_table).view(L, B, S, HEADS, -1).permute(1, 2, 0, 3, 4)
+        return torch.addcmul(content, position, self.position).flatten(3)
+
+    def _tables_of(self, length: int) -> list[Tensor]:
+        """For the places l of the first axis: queries' (L, d, M), keys' by their own place (M, d, L), values' (L, M, d)."""
+        if length not in self._tables:
+            distance = distances(length, self.query_rpe.device)
+            query, key, value = (table[distance] for table in (self.query_rpe, self.key_rpe, self.value_rpe))
+            self._tables = {length: [query.mT.contiguous(), key.permute(1, 2, 0).contiguous(), value]}
+        return self._tables[length]
+
+    def _apply(self, *args, **kwargs) -> nn.Module:
+        self._tables = {}
+        return super()._apply(*args, **kwargs)
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm in evaluation mode."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
 
 
 def distances(length: int, device: torch.device) -> Tensor:

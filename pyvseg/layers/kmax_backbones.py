@@ -48,10 +48,10 @@ class UnactivatedBottleneck(Bottleneck):
     activates = "input"
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.relu()
+        x = x.relu() if self.downsample else x.relu_()  # what a stage begins with is another one's result
         y = self.bn1(self.conv1(x)).relu_()
         y = self.bn2(self.conv2(y)).relu_()
-        return self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x))
+        return self.bn3(self.conv3(y)).add_(x if self.downsample is None else self.downsample(x))
 
 
 class DeepLab2ResNet(ResNet):

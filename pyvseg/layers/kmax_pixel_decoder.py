@@ -62,7 +62,7 @@ class Block(nn.Module):
         x = F.gelu(x)
         y = self.conv1(x)
         y = F.gelu(self.attention(y)) if self.axial else self.conv2(y)
-        return self.conv3(y) + (x if self.shortcut is None else self.shortcut(x))
+        return self.conv3(y).add_(x if self.shortcut is None else self.shortcut(x))
 
 
 class ResizedFuse(nn.Module):
@@ -76,7 +76,7 @@ class ResizedFuse(nn.Module):
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         low = low if self.conv_bn_low is None else self.conv_bn_low(F.gelu(low))
         high = high if self.conv_bn_high is None else self.conv_bn_high(F.gelu(high))
-        return resize(low, high.shape[-2:], low.shape[-1]) + high
+        return resize(low, high.shape[-2:], low.shape[-1]).add_(high)
 
 
 def resize(x: Tensor, size: tuple[int, int], side: int) -> Tensor:

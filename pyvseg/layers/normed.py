@@ -21,13 +21,21 @@ class ConvBN(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, *, act: bool = False, bias: bool = False, groups: int = 1, init: float = 1.0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias, groups=groups)
-        self.bn, self.act = batch_norm(outputs), act
+        self.bn, self.act, self.fused = batch_norm(outputs), act, False
         nn.init.constant_(self.bn.weight, init)
         initialise(self.conv, inputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+            c = self.conv  # gelu as oneDNN's last step: a third less time than apart
+            return torch.ops.mkldnn._convolution_pointwise(x, c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups, "gelu", [], "none")
         x = self.bn(self.conv(x))
         return F.gelu(x) if self.act else x
+
+    def for_inference(self) -> ConvBN:
+        """After folding. 3x3 convolutions have a faster way of their own."""
+        self.fused = self.act and self.conv.kernel_size != (3, 3) and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        return self
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Of a 1x1 convolution in evaluation mode: (weight (O, I), bias (O,)) of the linear map that it is."""

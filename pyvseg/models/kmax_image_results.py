@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyvseg.models.image_results import Instances, Segment, top_pairs
 from pyvseg.models.kmax_size import KMaXSize
-from pyvseg.models.mask_winner import bands, mask_winners
+from pyvseg.ops import mask_bands, mask_winners
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def semantic(logits: Tensor, masks: Tensor, size: KMaXSize) -> Tensor:
     """The same -> (K, H, W) class scores."""
     classes = logits.float().softmax(-1)[:, :-1]
     scores = masks.new_empty(classes.shape[1], *size.source)
-    for rows, band in bands(masks, size.rows, size.columns):
+    for rows, band in mask_bands(masks, size.rows, size.columns):
         scores[:, rows] = torch.einsum("qk,qhw->khw", classes, band.softmax(0))
     return scores
 
@@ -93,7 +93,7 @@ def instances(logits: Tensor, masks: Tensor, size: KMaXSize, things: frozenset[i
     scores, queries, labels = scores[kept], queries[kept], labels[kept]
     inside = torch.empty(len(queries), *size.source, dtype=torch.bool, device=masks.device)
     area, total = torch.zeros(2, len(queries), device=masks.device)
-    for rows, band in bands(masks, size.rows, size.columns):
+    for rows, band in mask_bands(masks, size.rows, size.columns):
         chosen = band.softmax(0)[queries]
         inside[:, rows] = chosen > pixel
         area += inside[:, rows].flatten(1).sum(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyvseg.layers.kmax_predictor import Prediction
 from pyvseg.models.kmax_size import KMaXSize
-from pyvseg.models.mask_winner import mask_winners
+from pyvseg.ops import mask_winners
 
 
 @dataclass(frozen=True)

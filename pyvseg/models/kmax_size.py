@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from pyvseg.models.frame_size import FrameSize, Size
-from pyvseg.models.mask_winner import Resampling
+from pyvseg.ops import Resampling
 
 
 class KMaXSize(FrameSize):

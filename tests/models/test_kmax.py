@@ -13,7 +13,6 @@ from pyvseg.layers.kmax_backbones import ConvNeXtSizes, ResNetSizes
 from pyvseg.models.kmax import KMaX, KMaXSettings
 from pyvseg.models.kmax_image_results import ImagePanopticSettings, panoptic
 from pyvseg.models.kmax_size import KMaXImageSize, KMaXSize
-from pyvseg.models.mask_winner import Resampling, mask_winners
 from pyvseg.verify import verify_case
 from tests.conftest import shared
 
@@ -137,19 +136,6 @@ def test_two_resizings_are_one_resampling(source, padded):
     once = size.columns.apply(size.rows.apply(masks, 1), 2)
     assert once.shape == full.shape
     torch.testing.assert_close(once, full, rtol=0, atol=1e-4 * masks.abs().max().item())
-
-
-def test_winners_are_those_of_the_whole_logits():
-    torch.manual_seed(0)
-    logits = 3 * torch.randn(2, 7, 5, 6)
-    rows, columns = Resampling.bilinear(5, 33, True), Resampling.bilinear(6, 41, True)
-    full = F.interpolate(logits, (33, 41), mode="bilinear", align_corners=True)
-    best, order = full.softmax(1).topk(2, 1)
-    for count in (1, 2):
-        found = mask_winners(logits, rows, columns, count)
-        torch.testing.assert_close(found.probability, best[:, :count].transpose(0, 1), rtol=1e-4, atol=1e-5)
-        sure = (best[:, 0] - best[:, 1]) > 1e-4
-        assert torch.equal(found.index[0][sure].long(), order[:, 0][sure])
 
 
 def test_sizes():

@@ -13,7 +13,7 @@ from pyvseg.models.kmax_panoptic import ClipPanoptic, PanopticSettings
 from pyvseg.models.kmax_size import KMaXSize
 from pyvseg.models.panoptic_linking import Linked, LinkSettings
 from pyvseg.models.video_kmax import VideoKMaX, VideoKMaXSettings, VideoKMaXState
-from pyvseg.verify.adapters import ops_hila_mb
+from pyvseg.verify.adapters import kmax_criterion, ops_hila_mb
 from pyvseg.verify.adapters.kmax import MAP_RULE, build, network_settings, network_taps
 from pyvseg.verify.adapters.ops_hila_mb import memory
 
@@ -22,6 +22,8 @@ def run(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np.nda
     config = manifest["config"]
     if "runs" in config:
         yield from ops_hila_mb.run(manifest, weights, inputs)
+    if "video" in config:
+        yield from kmax_criterion.run(manifest, weights, inputs)
     for mode, prefix in (("near_online", ""), ("online", "online/")):
         if mode in config:
             model = build(VideoKMaX(_settings(config, config[mode])), weights)
