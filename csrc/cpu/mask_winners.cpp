@@ -81,11 +81,12 @@ int64_t candidates(const Problem& p, const Scratch& s, const float* frame, Span 
     }
     for (int i = 0; i < kLanes; ++i) low1 = least(low1, low[i]), high1 = most(high1, high[i]);
     s.highest[q] = high1;
-    lead = most(lead, low1);
+    if (low1 <= high1) lead = most(lead, low1);  // else there is nothing but NaN
   }
   int64_t count = 0;
   for (int64_t q = 0; q < p.N; ++q)
     if (!(s.highest[q] < lead - kFar)) s.chosen[count++] = int32_t(q);
+  if (!count) s.chosen[count++] = 0;
   // Two are asked for, but one has it all: any other will do for the second.
   for (int64_t q = 0; count < p.best; ++q)
     if (s.chosen[0] != q) s.chosen[count++] = int32_t(q);

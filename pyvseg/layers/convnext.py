@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class ConvNeXt(nn.Module):
         stem = nn.Sequential(nn.Conv2d(3, widths[0], 4, 4), ChannelNorm(widths[0]))
         steps = [nn.Sequential(ChannelNorm(a), nn.Conv2d(a, b, 2, 2)) for a, b in zip(widths, widths[1:])]
         self.downsample_layers = nn.ModuleList([stem, *steps])
-        rates = iter(torch.linspace(0, drop, sum(depths)).tolist())
+        rates = iter(np.linspace(0, drop, sum(depths)).tolist())
         self.stages = nn.ModuleList(nn.Sequential(*(ConvNeXtBlock(w, next(rates)) for _ in range(n))) for w, n in zip(widths, depths))
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):

@@ -86,9 +86,12 @@ class _FastAxisAttention(nn.Module):
         self._tables: dict[int, list[Tensor]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        B, S, L, _ = x.shape
-        q, k, v = (part.reshape(B * S, L, HEADS, -1) for part in self.qkv(x).split(self.depths, -1))
-        query_table, key_table, value_table = self._tables_of(L)
+        (B, S, L, _), dtype = x.shape, x.dtype
+        x = self.qkv(x)
+        if x.device.type == "cpu":
+            x = x.float()  # batched products of bfloat16 are several times slower there
+        q, k, v = (part.reshape(B * S, L, HEADS, -1) for part in x.split(self.depths, -1))
+        query_table, key_table, value_table = self._tables_of(L, x.dtype)
         by_head = lambda t: t.transpose(1, 2).reshape(B * S * HEADS, L, -1)  # noqa: E731
         by_place = lambda t: t.transpose(0, 1).reshape(L, B * S * HEADS, -1)  # noqa: E731
         similarity = by_head(q * self.content) @ by_head(k).mT
@@ -97,13 +100,13 @@ class _FastAxisAttention(nn.Module):
         weight = similarity.softmax(-1)
         content = (weight @ by_head(v)).view(B, S, HEADS, L, -1).transpose(2, 3)
         position = (weight.transpose(0, 1) @ value_table).view(L, B, S, HEADS, -1).permute(1, 2, 0, 3, 4)
-        return torch.addcmul(content, position, self.position).flatten(3)
+        return torch.addcmul(content, position, self.position).flatten(3).to(dtype)
 
-    def _tables_of(self, length: int) -> list[Tensor]:
+    def _tables_of(self, length: int, dtype: torch.dtype) -> list[Tensor]:
         """For the places l of the first axis: queries' (L, d, M), keys' by their own place (M, d, L), values' (L, M, d)."""
         if length not in self._tables:
             distance = distances(length, self.query_rpe.device)
-            query, key, value = (table[distance] for table in (self.query_rpe, self.key_rpe, self.value_rpe))
+            query, key, value = (table[distance].to(dtype) for table in (self.query_rpe, self.key_rpe, self.value_rpe))
             self._tables = {length: [query.mT.contiguous(), key.permute(1, 2, 0).contiguous(), value]}
         return self._tables[length]
 

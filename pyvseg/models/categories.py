@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class names of the video instance segmentation data sets; class i of a model is category i + 1 of the data set."""
+"""Class names of the data sets; of those for video instances, class i of a model is category i + 1 of the data set."""
 
 YOUTUBE_VIS_2019 = tuple(
     "person giant_panda lizard parrot skateboard sedan ape dog snake monkey hand rabbit duck cat cow fish train horse turtle bear "
@@ -15,3 +15,28 @@ OVIS = tuple(
     "person bird cat dog horse sheep cow elephant bear zebra giraffe poultry giant_panda lizard parrot monkey rabbit tiger fish turtle "
     "bicycle motorcycle airplane boat vehicle".split()
 )
+VIPSEG = tuple(  # class i is category i
+    "wall ceiling door stair ladder escalator Playground_slide handrail_or_fence window rail goal pillar pole floor ground grass sand "
+    "athletic_field road path crosswalk building house bridge tower windmill well_or_well_lid other_construction sky mountain stone wood "
+    "ice snowfield grandstand sea river lake waterfall water billboard_or_Bulletin_Board sculpture pipeline flag parasol_or_umbrella "
+    "cushion_or_carpet tent roadblock car bus truck bicycle motorcycle wheeled_machine ship_or_boat raft airplane tyre traffic_light "
+    "lamp person cat dog horse cattle other_animal tree flower other_plant toy ball_net backboard skateboard bat ball "
+    "cupboard_or_showcase_or_storage_rack box traveling_case_or_trolley_case basket bag_or_package trash_can cage plate "
+    "tub_or_bowl_or_pot bottle_or_cup barrel fishbowl bed pillow table_or_desk chair_or_seat bench sofa shelf bathtub gun commode roaster "
+    "other_machine refrigerator washing_machine Microwave_oven fan curtain textiles clothes painting_or_poster mirror "
+    "flower_pot_or_vase clock book tool blackboard tissue screen_or_television computer printer Mobile_phone keyboard "
+    "other_electronic_product fruit food instrument train".split()
+)
+VIPSEG_THINGS = (
+    2, 4, 8, 10, 41, 43, 44, *range(46, 53), 54, 55, 56, *range(60, 66), 72, 74, *range(76, 80), *range(82, 93), *range(95, 98), *range(99, 103),
+    *range(106, 110), *range(114, 119), 122, 123,
+)  # fmt: skip
+CITYSCAPES = tuple(  # train ids; also KITTI-STEP
+    "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person rider car truck bus train motorcycle bicycle".split()
+)
+KITTI_STEP_THINGS = (CITYSCAPES.index("person"), CITYSCAPES.index("car"))
+ADE20K_THINGS = (  # of the 150 classes
+    7, 8, 10, 12, 14, 15, *range(18, 21), *range(22, 25), 27, *range(30, 34), *range(35, 40), *range(41, 46), 47, 49, 50, 53, *range(55, 59), 62,
+    *range(64, 68), *range(69, 77), 78, *range(80, 84), *range(85, 91), 92, 93, 95, 97, 98, *range(102, 105), 107, 108, *range(110, 113), 115, 116,
+    *range(118, 122), *range(123, 128), 129, 130, *range(132, 140), 142, 143, 144, *range(146, 150),
+)  # fmt: skip

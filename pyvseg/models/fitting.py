@@ -9,8 +9,11 @@ from torch import Tensor
 
 from pyvseg.checkpoints import key_maps, map_keys
 from pyvseg.layers.backbones import ResNetSizes, SwinSizes
+from pyvseg.layers.kmax_backbones import ConvNeXtSizes
+from pyvseg.layers.kmax_backbones import ResNetSizes as TrainedResNetSizes
 from pyvseg.models.ctvis import CTVISSettings
 from pyvseg.models.genvis import GenVISSettings
+from pyvseg.models.kmax import KMaXSettings
 from pyvseg.models.mask2former import Mask2FormerSettings
 from pyvseg.models.variant import Variant
 from pyvseg.models.vita import VITASettings
@@ -19,7 +22,22 @@ _TELL_TALES = (("video.pre_memory_embed_k.weight", GenVISSettings), ("video.clas
 
 
 def fitting(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[str]:
-    """Names of the variants of the Mask2Former family whose system, backbone, queries and classes are those of `weights`."""
+    """Names of the variants whose system, backbone, queries and classes are those of `weights`: of the families of Mask2Former and of
+    kMaX-DeepLab. An image model and a video model of the latter have the same weights."""
+    return _fitting_mask2former(weights, variants) or _fitting_kmax(weights, variants)
+
+
+def _fitting_kmax(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[str]:
+    state = map_keys(weights, key_maps.KMAX)
+    classes, centres = state.get("decoder.predictor.classes.bias"), state.get("decoder.cluster_centers")
+    if classes is None or centres is None or centres.ndim != 2:
+        return []
+    found = len(classes) - 1, centres.shape[1], _backbone(state)
+    kmax = [v for v in variants if isinstance(v.settings, KMaXSettings)]
+    return [v.name for v in kmax if found == (v.settings.classes, v.settings.queries, _sizes(v.settings))]
+
+
+def _fitting_mask2former(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[str]:
     state = map_keys(weights, key_maps.MASK2FORMER)
     classes, queries = state.get("decoder.class_embed.bias"), state.get("decoder.query_feat.weight")
     if classes is None or queries is None:
@@ -32,15 +50,20 @@ def fitting(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[
 def _sizes(settings) -> tuple | None:
     """What `_backbone` says of the variant's weights."""
     backbone = getattr(settings, "backbone", None)
+    if isinstance(backbone, ConvNeXtSizes):
+        return backbone.widths, backbone.depths
     if isinstance(backbone, SwinSizes):
         return backbone.width, backbone.depths, backbone.window
-    return (backbone.outputs, backbone.depth) if isinstance(backbone, ResNetSizes) else None
+    return (backbone.outputs, backbone.depth) if isinstance(backbone, ResNetSizes | TrainedResNetSizes) else None
 
 
 def _backbone(state: Mapping[str, Tensor]) -> tuple | None:
     def count(beginning: str) -> int:
         return len({key[len(beginning) :].split(".")[0] for key in state if key.startswith(beginning)})
 
+    if "backbone.downsample_layers.0.0.weight" in state:
+        weights = (state.get(f"backbone.downsample_layers.{i}.{i > 0:d}.weight", ()) for i in range(4))
+        return tuple(map(len, weights)), tuple(count(f"backbone.stages.{i}.") for i in range(4))
     if "backbone.patch_embed.proj.weight" in state:
         width, depths = len(state["backbone.patch_embed.proj.weight"]), tuple(count(f"backbone.layers.{i}.blocks.") for i in range(4))
         table = state.get("backbone.layers.0.blocks.0.attn.relative_position_bias_table")

@@ -15,14 +15,17 @@ from pyvseg import checkpoints
 from pyvseg.checkpoints import key_maps
 from pyvseg.errors import CheckpointError, PyvsegError
 from pyvseg.layers.inference import for_inference
-from pyvseg.models import fitting, zoo_instances
+from pyvseg.layers.normed import linear_weights
+from pyvseg.models import fitting, zoo_instances, zoo_panoptic
 from pyvseg.models.ctvis import CTVIS
 from pyvseg.models.genvis import GenVIS
+from pyvseg.models.kmax_images import KMaXImages
 from pyvseg.models.mask2former import Mask2Former
 from pyvseg.models.mask2former_video import Mask2FormerVideo
 from pyvseg.models.minvis import MinVIS
 from pyvseg.models.stcn import STCN, STCNSettings
 from pyvseg.models.variant import Variant
+from pyvseg.models.video_kmax import VideoKMaX
 from pyvseg.models.vita import VITA
 
 _STCN = STCNSettings(refine_width=None, progressive=False, memory_every=5, schedule="distance", short_side=480)
@@ -55,6 +58,7 @@ ZOO = {
             {"DAVIS 2017 val J&F": "85.3", "YouTube-VOS 2019 val G": "84.2"},
         ),
         *zoo_instances.variants(),
+        *zoo_panoptic.variants(),
     )
 }  # fmt: skip
 
@@ -92,7 +96,7 @@ SYSTEMS = {"stcn": _VOS, "pcvos": _VOS} | {
     for name, network in {
         "mask2former": Mask2Former, "mask2former_video": Mask2FormerVideo, "minvis": MinVIS, "ctvis": CTVIS, "vita": VITA, "genvis": GenVIS,
     }.items()
-}  # fmt: skip
+} | {name: System(network, key_maps.KMAX, key_maps.KMAX_IGNORED, linear_weights) for name, network in {"kmax": KMaXImages, "video_kmax": VideoKMaX}.items()}  # fmt: skip
 
 
 def build(settings, weights: dict[str, Tensor], *, name: str, system: str = "stcn") -> nn.Module:

@@ -173,10 +173,16 @@ def point_sample(d: Draw) -> dict:
     return dict(masks=d.pick((d.mask, d.tensor))(N, T, H, W), points=d.pick((d.tensor(K, 2), d.tensor(N, K, 2))))
 
 
+def mask_winners(d: Draw) -> dict:
+    T, N, h, w, H, W = d.sizes(6)
+    axes = (ops.Resampling.bilinear(before, after, True) for before, after in ((h, H), (w, W)) if before)
+    return dict(logits=d.tensor(T, N, h, w), rows=next(axes, None), columns=next(axes, None), best=d.pick((1, 2)))
+
+
 RECIPES = {
     recipe.__name__: recipe
     for recipe in (conv3x3, greedy_assignment, kernel_update, kmeans_assign, kmeans_attn, kmeans_pool, mask_costs, mask_iou,
-                   mask_pool, memory_match, memory_read, ms_deform_attn, ms_deform_attn_fused, pack_masks, point_sample)
+                   mask_pool, mask_winners, memory_match, memory_read, ms_deform_attn, ms_deform_attn_fused, pack_masks, point_sample)
 } | {"hungarian_assignment": greedy_assignment}  # fmt: skip
 
 
