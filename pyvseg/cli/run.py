@@ -28,7 +28,8 @@ class Run:
         pyvseg run street.mp4 --model ctvis_r50_ytvis19 --weights CTVIS_checkpoint.pth
         pyvseg run ytvis_2019/valid.json --model ctvis_r50_ytvis19 --weights CTVIS_checkpoint.pth --no-pngs --no-overlay
 
-    Models for video instance segmentation need no masks; of them OUT receives results.json (YouTube-VIS results), overlay.mp4
+    Models for panoptic segmentation need no masks; of them OUT receives pan_pred/VIDEO (PNGs) with pred.json, as VIPSeg has them, and
+    overlay.mp4. Models for video instance segmentation need none either; of them OUT receives results.json (YouTube-VIS results), overlay.mp4
     and masks/. They also take a folder of videos, or the JSON or the folder of a YouTube-VIS or OVIS split: then one
     results.json holds all of them, as the evaluation server wants it.
 
@@ -70,6 +71,8 @@ class Run:
     """Instance segmentation: so many videos at a time pass through the network together. Left out: 4 on a GPU, else 1."""
     pngs: bool = True
     """Instance segmentation: leave out the palette PNGs. Without them and the overlay every video is read only once."""
+    step_pngs: bool = False
+    """Panoptic segmentation: PNGs in the form of KITTI-STEP too."""
     overlay: bool = True
     """Leave out the overlay video."""
     overwrite: bool = False
@@ -85,7 +88,11 @@ def run(options: Run) -> None:
     keep_freed_memory()
     bounds, recipe = _frame_range(options.frames), recipe_of(options)
     if not recipe.needs_masks:
-        _run_instances(options, recipe, bounds)
+        if options.mask:
+            raise PyvsegError(f"{options.model} finds the objects itself; leave --mask out")
+        if not options.video.exists():
+            raise PyvsegError(f"{options.video}: no such file")
+        (_run_panoptic if recipe.is_panoptic else _run_instances)(options, recipe, bounds)
         return
     summary = run_engine(
         recipe.tracker(), options.video, list(options.mask) or None, out=options.out, overlay=options.overlay, overwrite=options.overwrite,
@@ -99,7 +106,7 @@ def recipe_of(options) -> Recipe:
     from pyvseg.engine.recipe import Recipe
     from pyvseg.models.vos import DEFAULT_MEMORY_FRAMES
 
-    names = ("model", "weights", "device", "precision", "clip_length", "max_memory_frames", "score_threshold", "top_k", "compat", "pngs", "overlay", "at_once")
+    names = ("model", "weights", "device", "precision", "clip_length", "max_memory_frames", "score_threshold", "top_k", "compat", "pngs", "overlay", "at_once", "step_pngs")
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
     if "top_k" in given:
         given["top"] = given.pop("top_k")
@@ -111,10 +118,6 @@ def recipe_of(options) -> Recipe:
 def _run_instances(options: Run, recipe: Recipe, bounds: tuple[int, int | None] | None) -> None:
     from pyvseg.engine.run_instances import run_instances
 
-    if options.mask:
-        raise PyvsegError(f"{options.model} finds the objects itself; leave --mask out")
-    if not options.video.exists():
-        raise PyvsegError(f"{options.video}: no such file")
     network, how = recipe.instances()
     summary = run_instances(
         network, options.video, how, out=options.out, overwrite=options.overwrite, resume=options.resume, frames=bounds, sequences=options.sequences
@@ -125,6 +128,21 @@ def _run_instances(options: Run, recipe: Recipe, bounds: tuple[int, int | None] 
         print(f"palette PNGs    {options.out / 'masks'}, {summary.shown} objects of score {options.score_threshold} or more")
     of = "" if summary.single else f" of {summary.videos} videos"
     print(f"YouTube-VIS     {options.out / 'results.json'}, {summary.tracks} tracks{of}")
+    _report_speed(summary)
+
+
+def _run_panoptic(options: Run, recipe: Recipe, bounds: tuple[int, int | None] | None) -> None:
+    from pyvseg.engine.run_panoptic import run_panoptic
+
+    network, how = recipe.panoptic()
+    summary = run_panoptic(
+        network, options.video, how, out=options.out, overwrite=options.overwrite, resume=options.resume, frames=bounds, sequences=options.sequences
+    )
+    if options.overlay:
+        print(f"overlay video   {options.out / ('overlay.mp4' if summary.single else 'overlays')}")
+    print(f"panoptic PNGs   {options.out / 'pan_pred'}, classes and ids in {options.out / 'pred.json'}")
+    if options.step_pngs:
+        print(f"STEP PNGs       {options.out / 'step'}")
     _report_speed(summary)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.ndimage import find_objects
-from torch import Tensor
 
 from pyvseg.layers.kmax_predictor import Prediction
 from pyvseg.models.kmax_size import KMaXSize
@@ -35,7 +34,7 @@ class ClipSegment:
     category: int
     is_thing: bool
     score: float
-    feature: Tensor
+    feature: np.ndarray
     box: np.ndarray | None
 
 
@@ -66,7 +65,7 @@ def panoptic_clip(prediction: Prediction, clip: int, things: frozenset[int], siz
     boxes = boxes_of(labels, len(members))
     segments = [
         ClipSegment(
-            int(categories[q]), int(categories[q]) in things, float(scores[q]), prediction.embeddings[clip, q].float().cpu(), box
+            int(categories[q]), int(categories[q]) in things, float(scores[q]), prediction.embeddings[clip, q].float().cpu().numpy(), box
         )
         for q, box in zip((queries[m] for m in members), boxes)
     ]

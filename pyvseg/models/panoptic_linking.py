@@ -4,7 +4,6 @@ clips share, and HiLA-MB, a memory of appearances and boxes for what the overlap
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -49,8 +48,8 @@ class Remembered:
     last         first frame of the clip where it was last seen
     """
 
-    appearance: Tensor
-    boxes: deque[np.ndarray]
+    appearance: np.ndarray
+    boxes: tuple[np.ndarray, np.ndarray]
     last: int
 
 
@@ -192,10 +191,9 @@ def _remember(
 
 def _scores(clip: ClipPanoptic, asked: list[int], memory: list[Remembered], settings: LinkSettings) -> Tensor:
     segments = [clip.segments[s - 1] for s in asked]
-    boxes = torch.from_numpy(np.stack([s.box for s in segments]))
-    theirs = torch.from_numpy(np.stack([m.boxes[-1] for m in memory]))
-    features, appearances = torch.stack([s.feature for s in segments]), torch.stack([m.appearance for m in memory])
-    return memory_match(features, appearances, "cosine", locations=boxes, memory_locations=theirs, temperature=settings.temperature)
+    features, boxes = (torch.from_numpy(np.stack(rows)) for rows in ([s.feature for s in segments], [s.box for s in segments]))
+    memories, theirs = (torch.from_numpy(np.stack(rows)) for rows in ([m.appearance for m in memory], [m.boxes[1] for m in memory]))
+    return memory_match(features, memories, "cosine", locations=boxes, memory_locations=theirs, temperature=settings.temperature)
 
 
 def _encode(state: LinkState, seen: dict[int, int], clip: ClipPanoptic, start: int, settings: LinkSettings) -> None:
@@ -205,13 +203,13 @@ def _encode(state: LinkState, seen: dict[int, int], clip: ClipPanoptic, start: i
         if value in state.memory:
             old = state.memory[value]
             old.appearance = settings.momentum * old.appearance + (1 - settings.momentum) * segment.feature
-            old.boxes.append(segment.box)
+            old.boxes = old.boxes[1], segment.box
             old.last = start
         else:
-            state.memory[value] = Remembered(segment.feature, deque([segment.box, segment.box], maxlen=2), start)
+            state.memory[value] = Remembered(segment.feature, (segment.box, segment.box), start)
     for value, old in list(state.memory.items()):
         if value not in seen:
-            old.boxes.append(2 * old.boxes[-1] - old.boxes[-2])
+            old.boxes = old.boxes[1], 2 * old.boxes[1] - old.boxes[0]
             if start - old.last > settings.buffer:
                 del state.memory[value]
 

@@ -8,25 +8,31 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyvseg import checkpoints
 from pyvseg.errors import CheckpointError
+from pyvseg.layers.kmax_decoder import FramePixels, LayerPixels
 from pyvseg.layers.pixel_decoder import PixelFeatures
 from pyvseg.models.ctvis import CTVISState
 from pyvseg.models.ctvis_tracker import Record, Tracklet, TrackerState
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.genvis import GenVISState, Prototypes
+from pyvseg.models.kmax_size import KMaXSize
 from pyvseg.models.mask2former_video import ClipState
 from pyvseg.models.minvis import MinVISState
+from pyvseg.models.panoptic_linking import LinkState, Remembered
 from pyvseg.models.spool import MaskStore, Spool
+from pyvseg.models.video_kmax import VideoKMaXState
 from pyvseg.models.vita import VITAState
 
 _KINDS = {
     kind.__name__: kind
     for kind in (
-        CTVISState, ClipState, FrameSize, GenVISState, MaskStore, MinVISState, PixelFeatures, Prototypes, Record, Tracklet, TrackerState, VITAState,
+        CTVISState, ClipState, FramePixels, FrameSize, GenVISState, KMaXSize, LayerPixels, LinkState, MaskStore, MinVISState, PixelFeatures,
+        Prototypes, Record, Remembered, Tracklet, TrackerState, VITAState, VideoKMaXState,
     )
 }  # fmt: skip
 
@@ -66,8 +72,11 @@ def _pack(value: Any, tensors: list[Tensor], spools: list[Spool]) -> Any:
         case Spool():
             spools.append(value)
             return {"spool": len(spools) - 1}
-        case PixelFeatures():
-            return {"kind": "PixelFeatures", "fields": {name: pack(item) for name, item in value._asdict().items()}}
+        case np.ndarray():
+            tensors.append(torch.from_numpy(value))
+            return {"array": len(tensors) - 1}
+        case PixelFeatures() | FramePixels() | LayerPixels():
+            return {"kind": type(value).__name__, "fields": {name: pack(item) for name, item in value._asdict().items()}}
         case dict():
             return {"dict": [[key, pack(item)] for key, item in value.items()]}
         case tuple():
@@ -86,6 +95,8 @@ def _unpack(document: Any, tensors: dict[str, Tensor], path: Path) -> Any:
     match document:
         case {"tensor": n}:
             return tensors[str(n)]
+        case {"array": n}:
+            return tensors[str(n)].cpu().numpy()
         case {"spool": n}:
             return Spool.load(_spool_path(path, n))
         case {"kind": name, "fields": items}:

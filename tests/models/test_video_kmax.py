@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Video-kMaX around its network: clips of any length, linking, panoptic results."""
 
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -10,6 +8,7 @@ import torch
 from pyvseg.errors import PyvsegError
 from pyvseg.models.kmax_panoptic import ClipPanoptic, ClipSegment, PanopticSettings, boxes_of
 from pyvseg.models.panoptic_linking import LinkSettings, LinkState, link
+from pyvseg.models.state import load_state, save_state
 from pyvseg.models.video_kmax import VideoKMaX, VideoKMaXSettings
 from tests.models.test_kmax import SMALL, small
 
@@ -30,14 +29,15 @@ def frames(count):
 
 
 @torch.inference_mode()
-def play(model, images, together, pickled=False):
+def play(model, images, together, saved=None):
     state = model.new_state(60, 80)
     shown = []
     for start in range(0, len(images), together):
         x = model.input(np.stack(images[start : start + together]), state)
         shown += model.step(model.encode(x).split(), state)
-        if pickled:
-            state = pickle.loads(pickle.dumps(state))
+        if saved:
+            save_state(state, saved)
+            state = load_state(saved)
     return shown + model.step([], state, last=True), state
 
 
@@ -55,9 +55,9 @@ def test_every_frame_comes_once_whatever_the_clip_length(length, count):
     assert len(state.pixels) < max(length, 2)
 
 
-def test_a_pickled_state_goes_on():
+def test_a_saved_state_goes_on(tmp_path):
     model = video_model(2)
-    (one, _), (other, _) = (play(model, frames(5), 1, pickled=p) for p in (True, False))
+    (one, _), (other, _) = (play(model, frames(5), 1, saved) for saved in (tmp_path / "state.safetensors", None))
     assert all(np.array_equal(a.values, b.values) for a, b in zip(one, other))
 
 
@@ -69,7 +69,7 @@ def clip(*segments, frames=1, size=(6, 20)):
             if part is not None:
                 labels[t, :, part] = i
     boxes = boxes_of(labels, len(segments))
-    rows = [ClipSegment(c, thing, 1.0, torch.tensor(feature), box) for (c, thing, _, feature), box in zip(segments, boxes)]
+    rows = [ClipSegment(c, thing, 1.0, np.array(feature, np.float32), box) for (c, thing, _, feature), box in zip(segments, boxes)]
     return ClipPanoptic(labels, rows)
 
 

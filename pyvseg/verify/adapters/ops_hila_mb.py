@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 from pyvseg.models.kmax_panoptic import ClipPanoptic, ClipSegment, boxes_of
 from pyvseg.models.panoptic_linking import Linked, LinkSettings, LinkState, link
@@ -30,7 +29,7 @@ def run(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np.nda
 def _clip(given: dict[str, np.ndarray], length: int, divisor: int) -> ClipPanoptic:
     labels = (given["panoptic"] % divisor).reshape(length, -1, given["panoptic"].shape[-1])
     boxes = boxes_of(labels, len(given["segments"]))
-    rows = zip(given["segments"].tolist(), torch.from_numpy(given["features"]), boxes)
+    rows = zip(given["segments"].tolist(), given["features"], boxes)
     return ClipPanoptic(labels, [ClipSegment(category, bool(thing), 1.0, feature, box) for (_, category, thing), feature, box in rows])
 
 
@@ -57,5 +56,5 @@ def memory(state: LinkState) -> Iterator[tuple]:
     held = state.memory.values()
     yield "id", np.array(list(state.memory), np.int32)
     yield "last", np.array([m.last for m in held], np.int32)
-    yield "app", torch.stack([m.appearance for m in held]).numpy()
+    yield "app", np.array([m.appearance for m in held])
     yield "box", np.array([list(m.boxes) for m in held])

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Video panoptic segmentation: frames in, panoptic maps out, in order, as soon as a clip is done."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pyvseg.engine.types import Frame
+from pyvseg.errors import VideoError
+from pyvseg.models.video_kmax import VideoKMaX, VideoKMaXState
+from pyvseg.video.panoptic_writer import PanopticResult
+
+_TOGETHER = 2  # frames that pass through the network at a time
+
+
+class PanopticSegmentation:
+    """Drives a model through one video.
+
+    `state` is all that later results depend on: given to another PanopticSegmentation after a `step` of frames_per_step frames,
+    with the frames that have no result yet (`missing`), it goes on to the same results.
+    """
+
+    def __init__(self, model: VideoKMaX, state: VideoKMaXState | None = None) -> None:
+        self.model, self.state = model, state
+        self.frames_per_step = max(_TOGETHER, model.settings.clip_length)
+        self.missing: dict[int, Frame] = {}
+
+    @torch.inference_mode()
+    def step(self, frames: list[Frame], *, last: bool = False) -> list[PanopticResult]:
+        """Takes the next frames. Raises VideoError when one has another size than the video's first."""
+        encoded = []
+        for frame in frames:
+            self._check(frame)
+            self.missing[frame.index] = frame
+        for start in range(0, len(frames), _TOGETHER):
+            images = np.stack([frame.image for frame in frames[start : start + _TOGETHER]])
+            encoded += self.model.encode(self.model.input(images, self.state)).split()
+        if self.state is None:
+            return []
+        results = []
+        for found in self.model.step(encoded, self.state, last=last):
+            frame = self.missing.pop(found.index)
+            results.append(PanopticResult(frame.index, frame.name, frame.image, found.values, tuple(value for value, _, _ in found.segments)))
+        return results
+
+    def _check(self, frame: Frame) -> None:
+        shape = frame.image.shape[:2]
+        if self.state is None:
+            self.state = self.model.new_state(*shape)
+        if shape != self.state.size.source:
+            before = "x".join(map(str, self.state.size.source[::-1]))
+            raise VideoError(f"frame {frame.name}: size changes from {before} to {shape[1]}x{shape[0]}; split the video there or resize it")
