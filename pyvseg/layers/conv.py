@@ -15,8 +15,8 @@ FEW_OUTPUTS = 2  # up to so many, nine 1x1 convolutions at once are faster than 
 
 
 def fast_conv(conv: nn.Conv2d) -> nn.Module:
-    """A module with forward(x, *, relu_input=False, residual=None, relu=False) = conv(relu(x) if relu_input else x) + residual,
-    then ReLU where `relu`.
+    """A module with forward(x, *, relu_input=False, residual=None, relu=False, gelu=False) = conv(relu(x) if relu_input else x) +
+    residual, then ReLU where `relu`, GELU where `gelu`.
 
     Takes a fast way on the CPU when `conv` has no groups and no gradient is asked for: our kernel for float32, 3x3, stride,
     padding and dilation 1, where the size makes it pay, else oneDNN with the weight packed. `conv` itself serves everything
@@ -38,20 +38,24 @@ class _FastConv(Packed):
     def bias(self) -> Tensor | None:
         return self.conv.bias
 
-    def forward(self, x: Tensor, *, relu_input: bool = False, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, *, relu_input: bool = False, residual: Tensor | None = None, relu: bool = False, gelu: bool = False
+    ) -> Tensor:
         way = self._way(x)
         if self.packed is None or self.packed[0] != way:
             self.packed = way, self._prepare(way, x)
         prepared = self.packed[1]
         if way == "winograd":
             y = conv3x3(x, prepared, self.conv.bias, relu_input=relu_input, residual=residual)
-            return y.relu_() if relu else y
+            return _activated(y, relu, gelu)
         x = x.relu() if relu_input else x
         if way == "packed":
-            return packed_conv(self.conv, prepared, x, residual, relu)
+            if gelu and residual is not None:
+                return F.gelu(packed_conv(self.conv, prepared, x, residual))
+            return packed_conv(self.conv, prepared, x, residual, "gelu" if gelu else "relu" if relu else "none")
         y = self.conv(x) if way is None else _sum_of_taps(x, prepared, self.conv.bias)
         y = y if residual is None else y.add_(residual)
-        return y.relu_() if relu else y
+        return _activated(y, relu, gelu)
 
     def _prepare(self, way: str | None, x: Tensor) -> object:
         if way == "taps":
@@ -73,6 +77,10 @@ class _FastConv(Packed):
         if min(conv.in_channels, conv.out_channels) < 32 or choose("conv3x3", "auto", x, slower="3 times") != "cpu":
             return "packed"
         return "winograd"
+
+
+def _activated(y: Tensor, relu: bool, gelu: bool) -> Tensor:
+    return y.relu_() if relu else F.gelu(y) if gelu else y
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:

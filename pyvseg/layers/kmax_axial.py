@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyvseg.layers.inference import Linear
 from pyvseg.layers.normed import BATCH_NORM, LinearBN
+from pyvseg.layers.packed import Linear
 
 REACH = 254  # the tables know relative positions up to this distance
 HEADS = 8

@@ -62,7 +62,7 @@ class Block(nn.Module):
         x = F.gelu(x)
         y = self.conv1(x)
         y = F.gelu(self.attention(y)) if self.axial else self.conv2(y)
-        return self.conv3(y).add_(x if self.shortcut is None else self.shortcut(x))
+        return self.conv3(y, residual=x if self.shortcut is None else self.shortcut(x))
 
 
 class ResizedFuse(nn.Module):

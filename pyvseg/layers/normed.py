@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from pyvseg.layers.packed import packed_conv, packs
+
 BATCH_NORM = {"eps": 1e-3, "momentum": 0.01}
 batch_norm = partial(nn.BatchNorm2d, **BATCH_NORM)
 
@@ -21,21 +23,19 @@ class ConvBN(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, *, act: bool = False, bias: bool = False, groups: int = 1, init: float = 1.0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias, groups=groups)
-        self.bn, self.act, self.fused = batch_norm(outputs), act, False
+        self.bn, self.act = batch_norm(outputs), act
         nn.init.constant_(self.bn.weight, init)
         initialise(self.conv, inputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.fused and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
-            c = self.conv  # gelu as oneDNN's last step: a third less time than apart
-            return torch.ops.mkldnn._convolution_pointwise(x, c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups, "gelu", [], "none")
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """With `residual` added before gelu."""
+        if not isinstance(self.conv, nn.Conv2d):
+            return self.conv(x, residual=residual, gelu=self.act)
+        if self.conv.groups > 1 and self.act and isinstance(self.bn, nn.Identity) and packs(x, self.conv.weight):
+            return packed_conv(self.conv, self.conv.weight, x, None, "gelu")
         x = self.bn(self.conv(x))
+        x = x if residual is None else x + residual
         return F.gelu(x) if self.act else x
-
-    def for_inference(self) -> ConvBN:
-        """After folding. 3x3 convolutions have a faster way of their own."""
-        self.fused = self.act and self.conv.kernel_size != (3, 3) and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-        return self
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Of a 1x1 convolution in evaluation mode: (weight (O, I), bias (O,)) of the linear map that it is."""

@@ -73,10 +73,10 @@ def pack_conv(conv: nn.Conv2d, size: torch.Size) -> Tensor:
     return torch._C._nn.mkldnn_reorder_conv2d_weight(weight, conv.padding, conv.stride, conv.dilation, 1, list(size))
 
 
-def packed_conv(conv: nn.Conv2d, packed: Tensor, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """conv(x) + residual, through ReLU or not."""
+def packed_conv(conv: nn.Conv2d, packed: Tensor, x: Tensor, residual: Tensor | None, act: str = "none") -> Tensor:
+    """conv(x) + residual, then `act`: "none", "relu" or, without a residual, "gelu"."""
     residual = residual if residual is None else residual.contiguous(memory_format=torch.channels_last)
-    geometry = conv.padding, conv.stride, conv.dilation, 1
+    geometry = conv.padding, conv.stride, conv.dilation, conv.groups
     if residual is None:
-        return torch.ops.mkldnn._convolution_pointwise(x, packed, conv.bias, *geometry, "relu" if relu else "none", [], "")
-    return torch.ops.mkldnn._convolution_pointwise(x, residual, packed, conv.bias, *geometry, "add", 1.0, "relu" if relu else None, [], None)
+        return torch.ops.mkldnn._convolution_pointwise(x, packed, conv.bias, *geometry, act, [], "none" if act == "gelu" else "")
+    return torch.ops.mkldnn._convolution_pointwise(x, residual, packed, conv.bias, *geometry, "add", 1.0, None if act == "none" else act, [], None)

@@ -11,7 +11,7 @@ import torch
 from pyvseg.datasets.coco_panoptic import PanopticVideos
 from pyvseg.engine.output import Interrupted
 from pyvseg.engine.panoptic import PanopticSegmentation
-from pyvseg.engine.run_panoptic import PanopticNetwork, run_panoptic
+from pyvseg.engine.run_panoptic import PanopticNetwork, PanopticOptions, run_panoptic
 from pyvseg.errors import PyvsegError, VideoError
 from pyvseg.layers.inference import for_inference
 from pyvseg.video.panoptic import read_ids, read_step
@@ -39,7 +39,7 @@ def files(folder):
 
 
 def test_a_folder_of_videos_in_vipsegs_layout(tmp_path, clips, model):
-    summary = run_panoptic(model, clips, out=tmp_path / "out", step=True, progress=False)
+    summary = run_panoptic(model, clips, PanopticOptions(step=True), out=tmp_path / "out", progress=False)
     assert summary.frames == 9 and summary.videos == 2
     found = PanopticVideos(tmp_path / "out" / "pred.json", tmp_path / "out" / "pan_pred")
     assert found.videos() == ["a", "b"] and [found.categories[i].name for i in range(6)] == list(NAMES)
