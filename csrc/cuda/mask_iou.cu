@@ -71,15 +71,21 @@ Tensor pack_masks(const Tensor& masks) {
 
 using Word = unsigned long long;
 
-// One warp per mask, first those of a, then those of b.
-__global__ void count_areas(const Word* a, const Word* b, int64_t N, int64_t M, int64_t words, Word* area_a, Word* area_b) {
-  const int64_t mask = (blockIdx.x * int64_t(kThreads) + threadIdx.x) / kWarp;
-  if (mask >= N + M) return;
+// A block per mask, first those of a, then those of b: a hundred masks alone would not occupy a GPU with a warp each.
+__global__ void __launch_bounds__(kThreads)
+    count_areas(const Word* a, const Word* b, int64_t N, int64_t words, Word* area_a, Word* area_b) {
+  __shared__ Word parts[kThreads / kWarp];
+  const int64_t mask = blockIdx.x;
   const Word* bits = mask < N ? a + mask * words : b + (mask - N) * words;
   Word total = 0;
-  for (int64_t w = threadIdx.x % kWarp; w < words; w += kWarp) total += __popcll(__ldg(bits + w));
+  for (int64_t w = threadIdx.x; w < words; w += kThreads) total += __popcll(__ldg(bits + w));
   total = warp_sum(total);
-  if (threadIdx.x % kWarp == 0) *(mask < N ? area_a + mask : area_b + (mask - N)) = total;
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = total;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  total = 0;
+  for (const Word part : parts) total += part;
+  *(mask < N ? area_a + mask : area_b + (mask - N)) = total;
 }
 
 // kTile rows of `words` words, of which kWords from `word`, into shared memory; zeros outside.
@@ -137,8 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> mask_iou(const Tensor& a, const Tensor& b) {
   const Tensor rows = torch::stable::contiguous(a), columns = torch::stable::contiguous(b);
   const int64_t N = rows.size(0), M = columns.size(0), W = rows.size(1);
   Tensor intersection = torch::stable::new_zeros(a, {N, M}), area_a = torch::stable::new_empty(a, {N}), area_b = torch::stable::new_empty(a, {M});
-  launch(count_areas, blocks((N + M) * kWarp, kThreads), kThreads, 0, data<Word>(rows), data<Word>(columns), N, M, W, data<Word>(area_a),
-         data<Word>(area_b));
+  launch(count_areas, blocks(N + M, 1), kThreads, 0, data<Word>(rows), data<Word>(columns), N, W, data<Word>(area_a), data<Word>(area_b));
   const int64_t down = ceil_div(N, kTile), across = ceil_div(M, kTile), chunks = ceil_div(W, kWords);
   if (!N || !M || !W) return {intersection, area_a, area_b};
   STD_TORCH_CHECK(down <= 65535, "mask_iou: more than 2^21 masks in a");

@@ -242,8 +242,9 @@ __global__ void one_as_largest(unsigned* to) {
 template <typename T>
 __global__ void from_fixed(const int64_t* from, T* to, int64_t n, const Bounds* bounds, int64_t samples) {
   const float scale = units(*bounds, samples);
+  const double unit = scale > 0 ? 1 / double(scale) : double(NAN);  // exact, as the scale is a power of two
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x)
-    to[i] = from_float<T>(scale > 0 ? float(double(from[i]) / double(scale)) : NAN);
+    to[i] = from_float<T>(float(double(from[i]) * unit));
 }
 
 // (rows, heads, n) -> (rows, n): the sum over heads.
