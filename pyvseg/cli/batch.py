@@ -25,6 +25,7 @@ class Batch:
         pyvseg batch 'archive/**/*.mp4' --masks first_frames/ --clip-length 25 --out results
         pyvseg batch list.txt --masks first_frames/ --workers 8 --out results
         pyvseg batch list.txt --masks first_frames/ --shard 3/16 --out results
+        pyvseg batch list.txt --masks first_frames/ --ray auto --out results
 
     Exit status: 0 all done, 1 some videos failed, 2 bad input or nothing can be written, 130 Ctrl-C.
     """
@@ -54,11 +55,18 @@ class Batch:
     at_once: int | None = None
     """So many videos at a time pass through the network together. Left out: 4 on a GPU, else 1."""
     pngs: bool = True
-    """Instance segmentation: leave out the palette PNGs. Without them and the overlay every video is read only once."""
+    """Leave out the palette PNGs; the JSON has the masks too, in one file for each video."""
     overlay: bool = True
     """Leave out the overlay videos."""
     workers: int = 1
     """Processes: one for each GPU, or shares of the CPU."""
+    ray: str | None = None
+    """Spread the videos over the Ray cluster at this address, HOST:PORT, or auto for the one that this machine belongs to. All its
+    machines must see inputs, weights and OUT under the same paths. Needs pyvseg[ray]."""
+    ray_cpus: float = 1
+    """Processors that a video takes on the cluster."""
+    ray_gpus: float = 0
+    """GPUs that a video takes on the cluster."""
     shard: str = "1/1"
     """I/N: this is the I-th of N processes, on machines that see the same OUT, that share the work (SLURM arrays)."""
     retry_failed: bool = False
@@ -74,6 +82,7 @@ def batch(options: Batch) -> int:
     from pyvseg.engine.batch import batch as run_batch
     from pyvseg.engine.inputs import find_inputs
 
+    options.weights = options.weights and options.weights.absolute()  # other machines may look for it
     recipe = recipe_of(options)
     if not recipe.needs_masks and options.masks is not None:
         raise PyvsegError(f"{options.model} finds the objects itself; leave --masks out")
@@ -92,6 +101,12 @@ def batch(options: Batch) -> int:
 def _execute(options: Batch):
     if options.workers < 1:
         raise PyvsegError(f"--workers {options.workers}: must be at least 1")
+    if options.ray is not None:
+        from pyvseg.engine.cluster import Cluster
+
+        if options.workers > 1:
+            raise PyvsegError("--ray and --workers exclude each other: the cluster has workers of its own")
+        return Cluster(options.ray, options.ray_cpus, options.ray_gpus)
     if options.workers == 1:
         return None
     from pyvseg.engine.workers import Workers
@@ -118,4 +133,5 @@ def _print(report) -> None:
         print(f"{len(report.failed)} failed{again}; reasons in {report.out}/manifest*.jsonl", file=sys.stderr)
     if report.frames:
         print(f"{report.frames} frames in {report.seconds:.1f} s: {report.fps:.1f} frames per second, reading and writing included")
+    if report.busy:
         print("busy: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in report.busy.items()))

@@ -22,6 +22,7 @@ def find_inputs(inputs: list[str], masks: Path | None, needs_masks: bool) -> tup
     Empty lines and those that begin with # say nothing. A listed video that is not there is left to fail by itself.
     masks: a folder with NAME.png, NAME.json or NAME/ for the video called NAME.
 
+    Paths become absolute, so that other machines find them.
     Raises PyvsegError where something cannot be meant: nothing found, or two videos for one name.
     """
     found = [job for each in inputs for job in _of_input(each, needs_masks)]
@@ -42,7 +43,7 @@ def find_inputs(inputs: list[str], masks: Path | None, needs_masks: bool) -> tup
         remarks.append(f"{job.video}: named twice, run once")
     if UNFINISHED in jobs:
         raise PyvsegError(f"{jobs[UNFINISHED].video}: results called {UNFINISHED} would mix with the working folder; rename the video")
-    return list(jobs.values()), remarks
+    return [replace(job, video=Path(str(job.video)).absolute()) for job in jobs.values()], remarks
 
 
 def _of_input(given: str, needs_masks: bool) -> Iterator[Job]:
@@ -50,7 +51,7 @@ def _of_input(given: str, needs_masks: bool) -> Iterator[Job]:
     if path.suffix == ".txt":
         yield from _listed(path)
     elif needs_masks and path.is_dir() and is_dataset(path):
-        yield from find_jobs(path)[0]
+        yield from find_jobs(path.absolute())[0]
     elif path.is_dir():
         yield from (job if job.name else _job(path) for job in find_videos(path)[0])
     elif path.exists():
@@ -65,7 +66,7 @@ def _of_input(given: str, needs_masks: bool) -> Iterator[Job]:
 
 
 def _job(path: Path, masks: Path | None = None) -> Job:
-    return Job(path.resolve().name if path.is_dir() else path.stem, path, masks)
+    return Job(path.resolve().name if path.is_dir() else path.stem, path, masks and masks.absolute())
 
 
 def _listed(path: Path) -> Iterator[Job]:
@@ -82,5 +83,5 @@ def _listed(path: Path) -> Iterator[Job]:
 
 def _mask_of(folder: Path, name: str) -> Path:
     """Where the masks of a video are; the first place to look where there are none, for the error to name."""
-    places = [folder / f"{name}{suffix}" for suffix in MASK_SUFFIXES]
+    places = [folder.absolute() / f"{name}{suffix}" for suffix in MASK_SUFFIXES]
     return next((place for place in places if place.exists()), places[0])

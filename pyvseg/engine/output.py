@@ -122,7 +122,7 @@ class VideoOutput:
             writer.close()
         work, files = self.targets.work, self.targets.files
         with output_errors(self.targets.root):
-            for path in (work / "masks").iterdir() if keep is not None else ():
+            for path in (work / "masks").glob("*") if keep is not None else ():
                 if path.stem not in keep:
                     path.unlink()
             if self.targets.folder is not None:

@@ -25,8 +25,8 @@ class Recipe:
     model, weights, device, precision       see `zoo.load`
     clip_length, max_memory_frames          of models that follow given masks (the first also of panoptic ones);
                                             None: the model's own number, no bound
-    score_threshold, top, compat, pngs      of models that find their objects, see `InstanceOptions`
-    overlay                                 whether to write overlay videos
+    score_threshold, top, compat            of models that find their objects, see `InstanceOptions`
+    pngs, overlay                           whether to write palette PNGs and overlay videos
     step_pngs                               of panoptic models, see `PanopticOptions`
     at_once                                 videos that pass through the network together; None: 4 on a GPU, else 1
 
@@ -68,12 +68,12 @@ class Recipe:
     def settings(self) -> dict:
         """What must be equal for results to belong together, by the names of the options."""
         chosen = zoo.variant(self.model)
-        same = {"model": self.model, "weights": str(self.weights), "precision": self.precision, "overlay": self.overlay, "pyvseg": __version__}
+        same = {"model": self.model, "weights": str(self.weights), "precision": self.precision, "pngs": self.pngs, "overlay": self.overlay, "pyvseg": __version__}
         if self.needs_masks:
             return same | {"clip_length": self.clip_length or chosen.settings.clip_length, "max_memory_frames": self.max_memory_frames}
         if self.is_panoptic:
             return same | {"clip_length": self.clip_length or chosen.settings.clip_length, "step_pngs": self.step_pngs}
-        return same | {"score_threshold": self.score_threshold, "top_k": self.top, "compat": self.compat, "pngs": self.pngs}
+        return same | {"score_threshold": self.score_threshold, "top_k": self.top, "compat": self.compat}
 
     def tracker(self) -> Tracker:
         """The model of a run that follows given masks."""
@@ -114,7 +114,7 @@ class Recipe:
         """For a batch: loads the model; makes lanes that go on with what Ctrl-C suspended."""
         if self.needs_masks:
             tracker = self.tracker()
-            return Following(tracker, stop, True, self.overlay, at_once=self._at_once(tracker.settings.get("device", "cpu").partition(":")[0]))
+            return Following(tracker, stop, True, self.overlay, self.pngs, at_once=self._at_once(tracker.settings.get("device", "cpu").partition(":")[0]))
         if self.is_panoptic:
             return PanopticFinding(*self.panoptic(), stop, True)
         return Finding(*self.instances(), stop, True)

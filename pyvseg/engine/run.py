@@ -104,7 +104,7 @@ def run(
         print(note, file=sys.stderr)
     started = time.perf_counter()
     with stop_on_interrupt() as stop:
-        following = Following(tracker, stop, resume, overlay, frames, progress, len(jobs))
+        following = Following(tracker, stop, resume, overlay, part=frames, progress=progress, count=len(jobs))
         try:
             drive(zip(jobs, targets, strict=True), following.make, following.together, raise_error, at_once=1, stop=stop)
         finally:
@@ -127,6 +127,7 @@ class Following:
     stop: Event
     resume: bool
     overlay: bool = True
+    pngs: bool = True  # without them a stopped video starts again: they are what it would go on from
     part: tuple[int, int | None] | None = None  # of one video, see `run`
     progress: bool = False  # a bar for each video
     count: int = 1  # videos, for the bar
@@ -178,7 +179,8 @@ class Following:
         def _writers(self) -> list:
             work, video = self.output.targets.work, self.video
             movie = [OverlayWriter(work / "overlay.mp4", video.size, video.fps)] if self.common.overlay else []
-            return [PngWriter(work / "masks"), RleWriter(work / "masks.json", self.output.name), *movie]
+            pngs = [PngWriter(work / "masks")] if self.common.pngs else []
+            return [*pngs, RleWriter(work / "masks.json", self.output.name), *movie]
 
         def fill(self) -> None:
             self.taken = list(islice(self._source, self.common.tracker.clip_length))
@@ -209,7 +211,7 @@ class Following:
 
         def suspend(self) -> str:
             self._close()
-            self.output.suspend(*(self.propagation.state.save, self.done) if self.done > self.first else ())
+            self.output.suspend(*(self.propagation.state.save, self.done) if self.done > self.first and self.common.pngs else ())
             return self.output.how_far()
 
         def abandon(self, error: BaseException) -> BaseException:

@@ -58,6 +58,11 @@ def test_failures_set_the_exit_status(archive, capsys):
     assert "0 failed, 3 before (--retry-failed tries them again)" in capsys.readouterr().err
 
 
+def test_only_the_json(archive):
+    assert main(["batch", "clips", "--masks", "masks", "--no-pngs", "--no-overlay", "--out", "out"]) == 0
+    assert [path.name for path in (archive / "out" / "a").iterdir()] == ["masks.json"]
+
+
 def bad_commands():
     yield ["nowhere"], "nowhere: no such file or folder"
     yield ["*.avi"], r"*.avi: matches nothing"
@@ -66,6 +71,7 @@ def bad_commands():
     yield ["bytes.txt"], "list bytes.txt: cannot be read (not a text file)"
     yield ["clips/a.mp4", "other/a.mp4"], "clips/a.mp4 and other/a.mp4 would both write a; rename one"
     yield ["clips/a.mp4", "--masks", "nomasks"], "--masks nomasks: no such folder"
+    yield ["clips", "--ray", "auto", "--workers", "2"], "--ray and --workers exclude each other"
     yield ["clips", "--shard", "3/2"], "--shard 3/2: expected I/N"
     yield ["clips", "--workers", "0"], "--workers 0: must be at least 1"
     yield ["clips", "--clip-length", "0"], "--clip-length 0: must be at least 1"

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch on a Ray cluster: one task for each video. Placement, scaling and what happens when a process or a machine dies are Ray's.
+
+Every machine sees inputs, weights and OUT under the same paths (a shared file system), and has pyvseg installed.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+from pyvseg.engine.jobs import Job
+from pyvseg.engine.manifest import Outcome
+from pyvseg.errors import OutputError, PyvsegError
+
+_RETRIES = 3  # of a video whose process or machine dies
+_AHEAD = 2  # tasks that wait for each one that can run: Ray's scaling goes by what waits
+
+_loaded: dict = {}  # in a worker process: the model of its last task
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Executes a batch (`pyvseg.engine.batch.Execute`) on the cluster at `address`; "auto" is the one that this machine belongs to.
+
+    cpus, gpus: what each video takes. Raises PyvsegError where Ray is missing or does not answer.
+    """
+
+    address: str = "auto"
+    cpus: float = 1
+    gpus: float = 0
+
+    def __call__(self, jobs: list[Job], recipe, out: Path, stop: Event, tell: Callable[[Outcome], None]) -> dict[str, float]:
+        ray = _connect(self.address)
+        task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=_RETRIES)(_segment)
+        shared, waiting, under_way = ray.put(recipe), iter(jobs), {}
+        try:
+            while not stop.is_set():
+                room = int(_AHEAD * max(1, ray.cluster_resources().get("CPU", 0) // self.cpus)) - len(under_way)
+                for job in _first(waiting, room):
+                    under_way[task.remote(job, shared, out.absolute(), self.cpus)] = job
+                if not under_way:
+                    break
+                for ready in ray.wait(list(under_way), timeout=0.5)[0]:
+                    tell(_outcome(ray, ready, under_way.pop(ready)))
+        finally:
+            for each in under_way:
+                ray.cancel(each, force=True)
+        if stop.is_set():
+            raise KeyboardInterrupt
+        return {}
+
+
+def _connect(address: str):
+    try:
+        import ray
+    except ImportError:
+        raise PyvsegError("--ray needs Ray: pip install 'pyvseg[ray]'") from None
+    if not ray.is_initialized():
+        try:
+            _knock(address)  # Ray itself would try for minutes
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            raise PyvsegError(f"--ray {address}: no Ray cluster answers there ({str(error).splitlines()[0]}); start one with `ray start --head`") from None
+    return ray
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where HOST:PORT does not answer; other addresses are Ray's to judge."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _first(items: Iterable[Job], count: int) -> list[Job]:
+    return [job for _, job in zip(range(count), items)]
+
+
+def _outcome(ray, ready, job: Job) -> Outcome:
+    try:
+        result = ray.get(ready)
+    except ray.exceptions.RayTaskError as error:
+        raise OutputError(str(error.cause)) from None if isinstance(error.cause, OutputError) else error
+    except ray.exceptions.RayError as error:  # the process or the machine died too often
+        return Outcome(job.name, str(job.video), f"{job.video}: {type(error).__name__}: {str(error).splitlines()[0]}")
+    return result
+
+
+def _segment(job: Job, recipe, out: Path, cpus: float) -> Outcome:
+    """The task: one video, with the model of the task before if it is the same."""
+    import torch
+
+    from pyvseg.engine.batch import segment_here
+
+    torch.set_num_threads(max(1, int(cpus)))
+    if recipe not in _loaded:
+        _loaded.clear()
+        _loaded[recipe] = recipe.lanes(Event())
+    outcomes: list[Outcome] = []
+    segment_here([job], _Loaded(_loaded[recipe]), out, Event(), outcomes.append)
+    return outcomes[0]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A recipe whose model is there already."""
+
+    made: object
+
+    def lanes(self, stop: Event):
+        return self.made
