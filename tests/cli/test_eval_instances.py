@@ -61,7 +61,7 @@ def test_what_a_run_writes_can_be_scored(stored):
     (folder / "runs").mkdir()
     for video in (1, 2, 3):
         entries = [each for each in truth["annotations"] if each["video_id"] == video]
-        tracks = [SimpleNamespace(label=each["category_id"] - 1, score=0.5, object_id=each["id"], rle=each["segmentations"]) for each in entries]
+        tracks = [SimpleNamespace(label=each["category_id"] - 1, category="", score=0.5, object_id=each["id"], rle=each["segmentations"]) for each in entries]
         (folder / "runs" / f"{video}").mkdir()
         write_tracks(folder / "runs" / f"{video}" / "results.json", f"v{video - 1}", tracks)
     assert run(folder, "runs")["totals"]["AP"] == pytest.approx(1)

@@ -103,7 +103,8 @@ def test_a_broken_video_stops_nothing(clips, tmp_path, undisturbed):
     assert go(jobs, tmp_path / "out").before == 5
 
 
-# A process that has imported everything forks one that can be killed for each line that it is given.
+# A process that has imported everything forks one that can be killed for each line that it is given. Until the next line it
+# does not ask for the end of that one, so that the id stays taken and nobody else is killed.
 FORKS = """
 import os, sys
 from pathlib import Path
@@ -116,6 +117,7 @@ for line in sys.stdin:
         go(Path(clips), Path(out), StandinRecipe(delay=float(delay), at_once=int(at_once)))
         os._exit(0)
     print(child, flush=True)
+    sys.stdin.readline()
     print(os.waitpid(child, 0)[1], flush=True)
 """
 
@@ -127,7 +129,11 @@ def begin():
 
     def start(*arguments):
         print(*arguments, sep="\t", file=process.stdin, flush=True)
-        return int(process.stdout.readline()), lambda: os.WTERMSIG(int(process.stdout.readline()))
+        return int(process.stdout.readline()), end
+
+    def end():
+        print(file=process.stdin, flush=True)
+        return os.WTERMSIG(int(process.stdout.readline()))
 
     yield start
     process.stdin.close()
