@@ -13,7 +13,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +27,17 @@ from pyvseg.engine.allocator import keep_freed_memory
 from pyvseg.layers.inference import for_inference
 from pyvseg.layers.kmax_decoder import DecoderLayer, FramePixels
 from pyvseg.layers.kmax_pixel_decoder import resize
-from pyvseg.models.kmax_panoptic import PanopticSettings
+from pyvseg.models.kmax_panoptic import PanopticSettings, panoptic_clip
 from pyvseg.models.video_kmax import VideoKMaX, VideoKMaXSettings
 
 THINGS = tuple(range(58))
-RULES = PanopticSettings(0.02, 0.1)  # random weights are never sure; these keep about as many queries as a trained network does
+RULES = PanopticSettings(0.8, 0.3)  # of these random weights: about half of the queries, more than a trained network keeps
 
 
 class Published:
     """One clip at a time."""
 
-    def __init__(self, model: VideoKMaX, source: tuple[int, int], frames: int) -> None:
+    def __init__(self, model: VideoKMaX, source: tuple[int, int]) -> None:
         self.model, self.source = model, source
         self.state = model.new_state(*source)
         self.previous = np.zeros(source, np.int64)
@@ -115,18 +114,19 @@ class Published:
 class Ours:
     """Clips one after the other; `stages` adds up seconds by part."""
 
-    def __init__(self, model: VideoKMaX, source: tuple[int, int], frames: int) -> None:
-        self.model, self.state, self.frames = model, model.new_state(*source), frames
+    def __init__(self, model: VideoKMaX, source: tuple[int, int]) -> None:
+        self.model, self.state = model, model.new_state(*source)
         self.stages: dict[str, float] = {}
         self.waiting: list[FramePixels] = []
 
     def whole(self, images: Tensor) -> None:
         """A clip without anything kept from the one before."""
-        self.timed("link", lambda: self.merge(self.encode(images)))
+        self.merge(self.encode(images))
 
     def next(self, images: Tensor) -> None:
-        """The clip that comes next in a video: all but its first frame are new."""
-        self.waiting = self.waiting[-1:] + self.encode(images[1:] if self.waiting else images)
+        """The clip that comes next in a video: where clips overlap, all but its first frame are new."""
+        overlap = 1 if self.waiting and self.model.settings.clip_length > 1 else 0
+        self.waiting = self.waiting[len(self.waiting) - overlap :] + self.encode(images[overlap:])
         self.merge(self.waiting)
 
     def encode(self, images: Tensor) -> list[FramePixels]:
@@ -136,11 +136,117 @@ class Ours:
         return self.timed("decoder, per frame", lambda: model.decoder.encode(maps)).split()
 
     def merge(self, pixels: list[FramePixels]) -> None:
-        clip = self.timed("k-means and panoptic merge", lambda: self.model.segment_clip(pixels, self.state))
-        self.timed("linking", lambda: self.model.link(clip, self.state))
+        m, rules = self.model, self.model.settings.panoptic
+        prediction, _ = self.timed("k-means", lambda: m.decoder(pixels))
+        clip = self.timed("panoptic merge", lambda: panoptic_clip(prediction, 0, m.things, self.state.size, rules))
+        self.timed("linking", lambda: m.link(clip, self.state))
 
     def timed(self, stage: str, run: Callable):
         start = time.perf_counter()
         result = run()
         self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - start
         return result
+
+
+@torch.no_grad()
+def network(size: tuple[int, int], length: int) -> VideoKMaX:
+    """Random weights behind batch norms that know their statistics; masks overlap as little as a trained network's."""
+    torch.manual_seed(1)
+    model = VideoKMaX(VideoKMaXSettings(things=THINGS, image_size=size, clip_length=length, panoptic=RULES, drop=0.0)).train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+        nn.init.ones_(norm.weight)
+    model.decoder([model.encode(torch.randn(2, 3, 97, 129))])
+    larger = size[0] * size[1] * length / (2 * 97 * 129)
+    for layer in model.decoder.layers:  # sums over positions
+        layer.update_norm.running_mean *= larger
+        layer.update_norm.running_var *= larger**2
+    return model.eval()
+
+
+@torch.inference_mode()
+def against_published(size: tuple[int, int], source: tuple[int, int], rounds: int, bfloat16: bool) -> dict[str, dict[str, float]]:
+    """Seconds of a clip of two frames by way and stage, the best of `rounds`, all ways in turn."""
+    images = torch.randn(2, 3, *size)
+    frames = images.contiguous(memory_format=torch.channels_last)
+    published = Published(network(size, 2), source)
+    ours = {name: Ours(for_inference(network(size, 2), dtype), source) for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))[: 1 + bfloat16]}
+    best: dict[str, dict[str, float]] = {}
+
+    def keep(way: str, stages: dict[str, float]) -> None:
+        if way not in best or sum(stages.values()) < sum(best[way].values()):
+            best[way] = stages
+
+    for _ in range(rounds):
+        start = time.perf_counter()
+        prediction = published.network(images)
+        middle = time.perf_counter()
+        published.merge(*prediction)
+        keep("published", {"network": middle - start, "panoptic merge and stitching": time.perf_counter() - middle})
+        for name, clips in ours.items():
+            for way, run in (("a clip alone", clips.whole), ("the next clip", clips.next)):
+                clips.stages = {}
+                if way == "the next clip" and not clips.waiting:
+                    clips.next(frames)  # the first has nothing to build on
+                    clips.stages = {}
+                run(frames)
+                keep(f"{name}, {way}", clips.stages)
+    return best
+
+
+@torch.inference_mode()
+def by_clip_length(size: tuple[int, int], source: tuple[int, int], lengths: tuple[int, ...], rounds: int, dtype: torch.dtype) -> dict[int, float]:
+    """Seconds for each new frame of a video."""
+    images = torch.randn(max(lengths), 3, *size).contiguous(memory_format=torch.channels_last)
+    clips = {length: Ours(for_inference(network(size, length), dtype), source) for length in lengths}
+    best = dict.fromkeys(lengths, math.inf)
+    for i in range(rounds + 1):  # the first round has nothing to build on
+        for length, run in clips.items():
+            start = time.perf_counter()
+            run.next(images[:length])
+            if i:
+                best[length] = min(best[length], (time.perf_counter() - start) / max(length - 1, 1))
+    return best
+
+
+def main(
+    sizes: tuple[str, ...] = ("481x865:480x854", "897x1601:720x1280"),
+    lengths: tuple[int, ...] = (1, 2, 4, 6),
+    rounds: int = 2,
+    threads: int = 2,
+    bfloat16: bool = True,
+    out: Path | None = None,
+) -> None:
+    """Time Video-kMaX (ResNet-50).
+
+    Args:
+        sizes: what the network is built for, and the video's own, HxW:HxW.
+        lengths: clip lengths to time in float32 at the first size.
+        rounds: every way runs once per round, the best counts.
+        threads: of PyTorch.
+        bfloat16: time the bfloat16 network too.
+        out: write the figures as JSON.
+    """
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    console, record = Console(width=130), {"threads": threads, "clips": {}}
+    for given in sizes:
+        size, source = (tuple(map(int, part.split("x"))) for part in given.split(":"))
+        rows = record["clips"][given] = against_published(size, source, rounds, bfloat16)
+        table = Table("way", "seconds", "times published", "stages", title=f"Video-kMaX ResNet-50, a clip of two, network {size}, video {source}, {threads} threads")
+        base = sum(rows["published"].values())
+        for way, stages in rows.items():
+            total = sum(stages.values())
+            shares = ", ".join(f"{name} {seconds:.2f} s ({seconds / total:.0%})" for name, seconds in stages.items())
+            table.add_row(way, f"{total:.2f}", f"{base / total:.1f}", shares)
+        console.print(table)
+    size, source = (tuple(map(int, part.split("x"))) for part in sizes[0].split(":"))
+    record["seconds_per_frame"] = by_clip_length(size, source, lengths, rounds, torch.float32)
+    console.print(f"seconds per frame by clip length, {sizes[0]}: " + ", ".join(f"{n}: {s:.2f}" for n, s in record["seconds_per_frame"].items()))
+    if out:
+        out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, prog="python -m benchmarks.models.panoptic")
