@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvseg.layers.normed import ConvBN, LinearBN, batch_norm, initialise
+from pyvseg.layers.packed import products
 
 WIDTH, DEPTH = 256, 128  # of the queries; of pixel features and mask kernels
 
@@ -41,9 +42,9 @@ class Prediction:
         """float32 mask logits (B, N, h, w), or of some queries only, (B, n, h, w)."""
         kernels = self.kernels if queries is None else self.kernels[:, queries]
         pixels = self.pixels[frame].float()
-        products = [F.conv2d(p[None], k[:, :, None, None]) for p, k in zip(pixels, self.scale.float() * kernels.float())]
+        masks = products(self.scale.float() * kernels.float(), pixels.flatten(2)).unflatten(2, pixels.shape[2:])
         length = torch.linalg.vector_norm(pixels, dim=1, keepdim=True).clamp_(min=1e-12)
-        return torch.cat(products).div_(length).add_(self.shift.float())
+        return masks.div_(length).add_(self.shift.float())
 
 
 class Predictor(nn.Module):
@@ -91,7 +92,7 @@ class Predictor(nn.Module):
     def dense_masks(self, prediction: Prediction) -> list[Tensor]:
         """The mask logits of every frame by the batch norm itself, whose statistics, in training, are those of all frames."""
         features = [F.normalize(p, dim=1, eps=1e-12) for p in prediction.pixels]
-        products = torch.cat([prediction.kernels @ f.flatten(2) for f in features], -1)
-        logits = self.mask_norm(products[:, None])[:, 0]
+        together = torch.cat([prediction.kernels @ f.flatten(2) for f in features], -1)
+        logits = self.mask_norm(together[:, None])[:, 0]
         parts = logits.split([f.shape[2] * f.shape[3] for f in features], -1)
         return [part.unflatten(-1, f.shape[2:]) for part, f in zip(parts, features)]

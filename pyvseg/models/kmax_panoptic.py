@@ -54,8 +54,8 @@ def panoptic_clip(prediction: Prediction, clip: int, things: frozenset[int], siz
     kept = (scores > rules.object_threshold).nonzero()[:, 0]
     # With no query kept all are equal, and the first wins without being sure of a single pixel.
     chosen = kept if len(kept) else kept.new_zeros(1)
-    masks = torch.cat([prediction.masks(t, chosen)[clip : clip + 1] for t in range(len(prediction.pixels))])
-    index, probability = (x[0] for x in mask_winners(masks, size.rows, size.columns))
+    winners = [mask_winners(prediction.masks(t, chosen)[clip : clip + 1], size.rows, size.columns) for t in range(len(prediction.pixels))]
+    index, probability = (torch.cat(parts, 1)[0] for parts in zip(*winners))
     sure = probability > rules.pixel_threshold if len(kept) else torch.zeros_like(index, dtype=torch.bool)
     leads = torch.bincount(index.flatten(), minlength=len(chosen)).cpu()
     number, members = _numbers(categories[chosen].tolist(), leads.tolist(), things)
