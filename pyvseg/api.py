@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from pyvseg.engine.instances import InstanceStream, segment
+from pyvseg.engine.panoptic import PanopticSegmentation, segment_frames
 from pyvseg.engine.propagate import Propagation, propagate
 from pyvseg.engine.types import Frame, FrameResult
 from pyvseg.errors import PyvsegError
@@ -18,6 +19,7 @@ from pyvseg.models.stcn import STCN
 from pyvseg.models.video_instances import VideoInstances
 from pyvseg.models.vos import DEFAULT_MEMORY_FRAMES
 from pyvseg.video import frames_with_masks, open_video, read_masks
+from pyvseg.video.panoptic_writer import PanopticResult
 
 
 class Model:
@@ -96,14 +98,36 @@ class InstanceModel:
         return InstanceStream(self.network, self.classes, score_threshold)
 
 
+class PanopticModel:
+    """A loaded model for video panoptic segmentation; `network` is the torch module, `classes` are the names that it knows."""
+
+    def __init__(self, network: nn.Module, classes: tuple[str, ...] = ()) -> None:
+        self.network, self.classes = network, classes
+
+    def segment(self, video: str | Path | Iterable[np.ndarray]) -> Iterator[PanopticResult]:
+        """Every pixel's class and object; one result per frame, in order, as soon as its clip is done.
+
+        video   a video file, a folder of images, or uint8 RGB arrays (H, W, 3)
+
+        Memory does not depend on the video's length. Raises VideoError for a video that cannot be used.
+        """
+        return segment_frames(self.network, open_video(video))
+
+    def stream(self) -> PanopticSegmentation:
+        """For a camera: `step([frame])` returns the results that are complete, with clips of one frame (`*_online`) that frame's own."""
+        return PanopticSegmentation(self.network)
+
+
 def load(
     name: str = "pcvos_tiny", *, weights: str | Path | None = None, device: str | None = None, precision: str = "float32"
-) -> Model | InstanceModel:
+) -> Model | InstanceModel | PanopticModel:
     """A named model (`pyvseg models` lists them), ready to run; see `pyvseg.models.zoo.load` for the arguments."""
     chosen = zoo.variant(name)
     network = zoo.load(name, weights=weights, device=device, precision=precision)
     if chosen.task == "video instance segmentation":
         return InstanceModel(network, chosen.classes)
+    if chosen.task == "video panoptic segmentation":
+        return PanopticModel(network, chosen.classes)
     if chosen.task != "semi-supervised":
         raise PyvsegError(f"{name} segments single images; `pyvseg.models.zoo.load` gives its network")
     return Model(network)

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
 import numpy as np
 import torch
 
@@ -51,3 +54,13 @@ class PanopticSegmentation:
         if shape != self.state.size.source:
             before = "x".join(map(str, self.state.size.source[::-1]))
             raise VideoError(f"frame {frame.name}: size changes from {before} to {shape[1]}x{shape[0]}; split the video there or resize it")
+
+
+def segment_frames(model: VideoKMaX, frames: Iterable[Frame]) -> Iterator[PanopticResult]:
+    """The results of a whole video, each as soon as its clip is done. Raises VideoError without frames."""
+    segmentation, source = PanopticSegmentation(model), iter(frames)
+    while new := list(islice(source, segmentation.frames_per_step)):
+        yield from segmentation.step(new)
+    if segmentation.state is None:
+        raise VideoError("the video has no frames")
+    yield from segmentation.step([], last=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pyvseg.api import PanopticModel
 from pyvseg.datasets.coco_panoptic import PanopticVideos
 from pyvseg.engine.output import Interrupted
 from pyvseg.engine.panoptic import PanopticSegmentation
@@ -92,3 +93,15 @@ def test_bad_input(tmp_path, model):
     frames[2].image = frames[2].image[:20]
     with pytest.raises(VideoError, match="size changes from"):
         state.step(frames[2:])
+
+
+def test_results_in_python(tmp_path, model):
+    whole = PanopticModel(model.network, NAMES)
+    results = list(whole.segment(images(5)))
+    assert [r.index for r in results] == list(range(5)) and results[0].values.shape == (48, 64)
+    stream, streamed = whole.stream(), []
+    for frame in open_video(images(5)):
+        streamed += stream.step([frame])
+    assert len(streamed) == 4 and len(stream.step([], last=True)) == 1
+    with pytest.raises(VideoError, match="no frames"):
+        list(whole.segment(iter(())))
