@@ -171,7 +171,8 @@ def against_published(size: tuple[int, int], source: tuple[int, int], rounds: in
     images = torch.randn(2, 3, *size)
     frames = images.contiguous(memory_format=torch.channels_last)
     published = Published(network(size, 2), source)
-    ours = {name: Ours(for_inference(network(size, 2), dtype), source) for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))[: 1 + bfloat16]}
+    dtypes = (("float32", torch.float32), ("bfloat16", torch.bfloat16))[: 1 + bfloat16]
+    ours = {name: Ours(for_inference(network(size, 2), dtype), source) for name, dtype in dtypes}
     best: dict[str, dict[str, float]] = {}
 
     def keep(way: str, stages: dict[str, float]) -> None:
@@ -234,7 +235,8 @@ def main(
     for given in sizes:
         size, source = (tuple(map(int, part.split("x"))) for part in given.split(":"))
         rows = record["clips"][given] = against_published(size, source, rounds, bfloat16)
-        table = Table("way", "seconds", "times published", "stages", title=f"Video-kMaX ResNet-50, a clip of two, network {size}, video {source}, {threads} threads")
+        title = f"Video-kMaX ResNet-50, a clip of two, network {size}, video {source}, {threads} threads"
+        table = Table("way", "seconds", "times published", "stages", title=title)
         base = sum(rows["published"].values())
         for way, stages in rows.items():
             total = sum(stages.values())

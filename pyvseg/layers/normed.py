@@ -20,7 +20,9 @@ batch_norm = partial(nn.BatchNorm2d, **BATCH_NORM)
 class ConvBN(nn.Module):
     """bn(conv(x)), with `act` gelu of that. A depthwise convolution has `groups` equal to both widths."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int = 1, *, act: bool = False, bias: bool = False, groups: int = 1, init: float = 1.0) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int = 1, *, act: bool = False, bias: bool = False, groups: int = 1, init: float = 1.0
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias, groups=groups)
         self.bn, self.act = batch_norm(outputs), act

@@ -52,7 +52,7 @@ class KMaX(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.backbone.parameters().__next__().dtype
+        return next(self.backbone.parameters()).dtype
 
     @property
     def device(self) -> torch.device:

@@ -56,8 +56,9 @@ def panoptic(
 
 
 def _accept(
-    order: list[int], area: list[int], meet: np.ndarray, scores: list[float], categories: list[int], things: frozenset[int], rules: ImagePanopticSettings
-) -> tuple[list[int], list[int], list[Segment]]:
+    order: list[int], area: list[int], meet: np.ndarray, scores: list[float], categories: list[int], things: frozenset[int],
+    rules: ImagePanopticSettings,
+) -> tuple[list[int], list[int], list[Segment]]:  # fmt: skip
     """The label and the rank of each query (of those left out 0 and the last), with those of no query behind."""
     number, rank = [0] * (len(order) + 1), [len(order)] * (len(order) + 1)
     taken, segments, stuff = np.zeros(len(order), bool), [], {}

@@ -28,7 +28,10 @@ def variants() -> Iterator[Variant]:
 
 def _images() -> Iterator[Variant]:
     where = "the kMaX-DeepLab authors' repository"
-    coco = {"r50": (RESNET50, 53.3), "convnext_t": (CONVNEXT_T, 55.5), "convnext_s": (CONVNEXT_S, 56.7), "convnext_b": (CONVNEXT_B, 57.2), "convnext_l": (CONVNEXT_L, 57.9)}
+    coco = {
+        "r50": (RESNET50, 53.3), "convnext_t": (CONVNEXT_T, 55.5), "convnext_s": (CONVNEXT_S, 56.7), "convnext_b": (CONVNEXT_B, 57.2),
+        "convnext_l": (CONVNEXT_L, 57.9),
+    }  # fmt: skip
     ade20k = {"r50": (RESNET50, 42.2), "convnext_l": (CONVNEXT_L, 50.0)}
     rules = {"coco": ImagePanopticSettings(), "ade20k": ImagePanopticSettings(thing=0.4, stuff=0.4)}
     for data, name, table in (("coco", "COCO", coco), ("ade20k", "ADE20K", ade20k)):

@@ -35,7 +35,7 @@ def small(**changes):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["kmax-small", "video_kmax-small", "video_kmax-full", "ops-hila_mb"])
+@pytest.mark.parametrize("name", ["kmax-small", "video_kmax-small", "video_kmax-full", "video_kmax-loss", "ops-hila_mb"])
 def test_stored_cases_agree(name):
     report = verify_case(shared("parity", name))
     assert report.passed, report.summary() + "\n" + "\n".join(str(line) for line in report.lines if line.failed)

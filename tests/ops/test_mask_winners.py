@@ -18,11 +18,14 @@ def logits_of(t, n, h, w, spread=3.0, seed=0):
 
 @pytest.mark.parametrize(
     "t, n, cells, size",
-    [(2, 7, (5, 6), (33, 41)), (1, 128, (29, 51), (65, 97)), (1, 33, (40, 70), (13, 9)), (1, 2, (1, 1), (70, 130)), (3, 17, (6, 100), (3, 6)), (1, 16, (4, 4), (1, 1))],
+    [
+        (2, 7, (5, 6), (33, 41)), (1, 128, (29, 51), (65, 97)), (1, 33, (40, 70), (13, 9)), (1, 2, (1, 1), (70, 130)),
+        (3, 17, (6, 100), (3, 6)), (1, 16, (4, 4), (1, 1)),
+    ],
 )
 @pytest.mark.parametrize("spread", [0.3, 40.0])
 @pytest.mark.parametrize("best", [1, 2])
-def test_winners_are_those_of_the_whole_logits(isa, t, n, cells, size, spread, best):
+def test_winners_are_those_of_the_whole_logits(isa, t, n, cells, size, spread, best):  # fmt: skip
     logits = logits_of(t, n, *cells, spread=spread)
     rows, columns = (bilinear(c, s, True) for c, s in zip(cells, size))
     exact = columns.apply(rows.apply(logits.double(), 2), 3)
