@@ -123,6 +123,7 @@ def _run(todo: list[Job], recipe: Recipe, report: Report, manifest: Manifest, ex
         def tell(outcome: Outcome) -> None:
             manifest.add(outcome)
             report.frames += outcome.frames
+            report.remarks += [f"{outcome.source}: {outcome.note}"] if outcome.note else []
             if outcome.reason:
                 report.failed.append(outcome)
             else:
@@ -169,7 +170,8 @@ def segment_here(
             raise error
         start, lane = begun.pop(job.name)
         frames = 0 if lane is None else lane.done - lane.first
-        tell(Outcome(job.name, str(job.video), error and _reason(error), frames, round(time.perf_counter() - start, 3)))
+        note = "" if lane is None else lane.note
+        tell(Outcome(job.name, str(job.video), error and _reason(error), frames, round(time.perf_counter() - start, 3), note))
 
     with recording() as recorder:
         recorder.restart()

@@ -26,6 +26,8 @@ class Lane(Protocol):
     at_end: bool  # all frames have been taken
     idle: bool  # and this turn there were none
     done: int  # frames segmented, those of earlier runs included
+    alone: bool  # there is no room for others beside it
+    note: str  # what the user should know of the results
 
     def open(self) -> None:
         """Starts the decoder and the writer; ahead of time, in a thread that opens videos."""
@@ -85,6 +87,7 @@ class _Street:
         self.lanes: list[tuple[object, Lane]] = []
         self.finishing: dict[Future, tuple[object, Lane]] = {}
         self.stopped: list[str] = []
+        self.held: tuple | None = None  # taken from those waiting, but has to be alone, or another one is
         self.cut = False  # jobs remain that nobody began
 
     def opened(self, jobs: Iterable) -> Iterator[tuple[object, Lane | None, Exception | None]]:
@@ -130,8 +133,12 @@ class _Street:
             self._finish([each for each in ended if each in self.lanes])
             if len(self.lanes) == self.at_once or self.stop.is_set():
                 return
-            job, lane, error = next(ahead, (None, None, None))
+            job, lane, error = self.held or next(ahead, (None, None, None))
+            self.held = None
             if job is None:
+                return
+            if lane is not None and self.lanes and (lane.alone or self.lanes[0][1].alone):
+                self.held = job, lane, error
                 return
             if lane is None:
                 self.ended(job, error)

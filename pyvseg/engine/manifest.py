@@ -22,13 +22,14 @@ FORMAT = "pyvseg-batch"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a video ended. `reason` is None when its results are there; `seconds` count from opening it."""
+    """How a video ended. `reason` is None when its results are there; `seconds` count from opening it; `note` is what to know of them."""
 
     name: str
     source: str
     reason: str | None = None
     frames: int = 0
     seconds: float = 0.0
+    note: str = ""
 
 
 class Manifest:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory instance segmentation of a video will take, told before it starts."""
+"""How much memory the segmentation of a video will take, told before it starts."""
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,12 +12,15 @@ from torch import nn
 
 from pyvseg.errors import VideoError
 from pyvseg.models.frame_size import FrameSize
+from pyvseg.models.stcn import STCN
 from pyvseg.models.video_instances import CHUNK_BYTES
+from pyvseg.models.vos import Geometry
 from pyvseg.video.reader import Video
 
 QUEUE_BYTES = 256 << 20  # of decoded frames that wait between two stages
 _NETWORK, _NETWORK_BASE = 950, 150 << 20  # bytes per pixel of a batch in float32, and of any batch; measured on ResNet-50 and Swin-L
 _FEATURES = 250  # bytes per pixel that a joint model takes for every frame of the video: kept maps, joined, and its keys
+_FOLLOWING_BASE, _SHARE = 600 << 20, 0.8  # bytes of the program and of a few frames' inner maps; part of all memory to use
 _DECODER_FRAMES = 16  # that FFmpeg's threads hold, at 1.5 bytes a pixel
 _CHUNKS = 6  # arrays of the size of a chunk of full-size masks that exist at once
 
@@ -36,6 +41,50 @@ def needed(network: nn.Module, video: Video, step: int, at_once: int = 1) -> tup
     masks = _CHUNKS * max(CHUNK_BYTES, 4 * height * width)  # not at the same time as a batch
     decoded = at_once * height * width * (3 * (queue_frames(video, step) + 2 * step) + 1.5 * _DECODER_FRAMES)
     return int(max(batch, masks) + at_once * frames), int(decoded)
+
+
+def clip_bytes(network: STCN, video: Video, clip_length: int, objects: int, memory_frames: int) -> int:
+    """Bytes that following `objects` through a video takes: features of the clip, its probabilities before and after they are
+    resized, values read and remembered."""
+    s, (height, width) = network.settings, video.size
+    geometry = Geometry.of(height, width, s.short_side)
+    pixels = (geometry.resized[0] + 15) * (geometry.resized[1] + 15)
+    values = 4 * s.value_width / 256 * objects  # at stride 16
+    frame = _feature_bytes(network) + 2 * 4 * (objects + 1) + 3 * values
+    queued = 3 * height * width * 2 * queue_frames(video, clip_length)
+    return int(_FOLLOWING_BASE + pixels * (clip_length * frame + memory_frames * values) + 4 * (objects + 2) * height * width + queued)
+
+
+@torch.inference_mode()
+def _feature_bytes(network: STCN) -> float:
+    """Of a frame's features, for each pixel of the network's input."""
+    found = network.features(torch.zeros(1, 3, 64, 64, device=network.device))
+    return sum(x.nbytes for x in vars(found).values() if x is not None) / 64**2
+
+
+def fitting_clip(network: STCN, video: Video, clip_length: int, objects: int, memory_frames: int) -> int:
+    """The clip length, or the longest below it for which the memory will do. It goes by all memory that the machine has, so that
+    the same video gets the same clips in every run. Raises VideoError where not even single frames fit."""
+    most = _SHARE * total(network.device)
+    for length in range(clip_length, 0, -1):
+        if clip_bytes(network, video, length, objects, memory_frames) <= most:
+            return length
+    height, width = video.size
+    raise VideoError(
+        f"{video.source}: {objects} objects in frames of {width}x{height} take {clip_bytes(network, video, 1, objects, memory_frames) / 1e9:.1f} GB of memory "
+        f"({network.device}) even frame by frame, {most / 1e9:.1f} GB can be had; lower --max-memory-frames, or make the video smaller"
+    )
+
+
+def total(device: torch.device) -> float:
+    """Bytes of a device's memory; without bound where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    found = math.inf
+    for path, pick in (("/proc/meminfo", lambda text: 1024 * int(text.split()[1])), ("/sys/fs/cgroup/memory.max", int)):
+        with suppress(OSError, ValueError, IndexError):
+            found = min(found, pick(Path(path).read_text()))
+    return found
 
 
 def available(device: torch.device) -> int | None:

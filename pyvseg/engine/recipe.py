@@ -9,6 +9,7 @@ from threading import Event
 from typing import Literal
 
 from pyvseg import __version__
+from pyvseg.engine.memory import fitting_clip
 from pyvseg.engine.propagate import Propagation, look_ahead
 from pyvseg.engine.run import Following, Tracker
 from pyvseg.engine.run_instances import Finding, InstanceNetwork, InstanceOptions
@@ -88,7 +89,8 @@ class Recipe:
             "model": self.model, "weights": str(self.weights), "clip_length": length, "max_memory_frames": self.max_memory_frames,
             "precision": self.precision, "device": str(model.device), "pyvseg": __version__,
         }  # fmt: skip
-        return Tracker(propagation, settings, length, look_ahead)
+        fit = lambda video, objects: fitting_clip(model, video, length, objects, self.max_memory_frames or 0)  # noqa: E731
+        return Tracker(propagation, settings, length, fit, look_ahead)
 
     def instances(self) -> tuple[InstanceNetwork, InstanceOptions]:
         """The model of a run that finds its objects."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pyvseg.engine.jobs import Job, find_jobs, is_dataset
 from pyvseg.engine.lanes import drive, raise_error
+from pyvseg.engine.memory import queue_frames
 from pyvseg.engine.output import UNFINISHED, Targets, VideoOutput, check_out, fingerprint
 from pyvseg.engine.pipeline import Background, Prefetch, stop_on_interrupt
 from pyvseg.engine.trace import span, spans
@@ -47,6 +48,7 @@ class Tracker:
     propagation: Callable[[Path | None], Propagation]  # for a new video (None), or continuing from a saved state
     settings: dict  # all that the masks depend on besides video and masks: model, weights, clip length, ...
     clip_length: int = 5  # frames that a video takes at a time
+    fit: Callable[[Video, int], int] | None = None  # clip length for a video with so many objects, see `memory.fitting_clip`
     look_ahead: Callable[[list[tuple[Propagation, list[Frame]]], int], None] = lambda videos, room: None  # what videos share: see `propagate.look_ahead`
 
 
@@ -157,6 +159,11 @@ class Following:
             self.common, self.job, self.video, self.given, self.output = common, job, video, given, output
             self.first = self.done = output.resume_at() if common.resume else 0  # frames whose masks were there, and are now
             self.taken: list[Frame] = []
+            tracker, objects = common.tracker, len({int(i) for mask in given.values() for i in np.unique(mask)} - {0})
+            self.clip_length = tracker.clip_length if tracker.fit is None else tracker.fit(video, objects)
+            self.alone, self.note = False, ""
+            if self.clip_length < tracker.clip_length:
+                self.note = f"clip length {self.clip_length} in place of {tracker.clip_length}, which would not fit into memory"
             self.at_end = self.idle = False
             self._threads = ExitStack()
 
@@ -165,7 +172,9 @@ class Following:
             output.open(first)
             output.writers += self._writers()
             self.propagation = tracker.propagation(output.state_path(first) if first else None)
-            depth = 2 * tracker.clip_length
+            if self.clip_length < tracker.clip_length:
+                self.propagation.clip_length = self.clip_length
+            depth = queue_frames(self.video, self.clip_length)
             decoded = spans("decode", frames_with_masks(self.video, self.given), self.output.name)
             self._source = iter(self._threads.enter_context(Prefetch(decoded, depth)))
             self._bar = self._threads.enter_context(self._make_bar())
@@ -183,8 +192,8 @@ class Following:
             return [*pngs, RleWriter(work / "masks.json", self.output.name), *movie]
 
         def fill(self) -> None:
-            self.taken = list(islice(self._source, self.common.tracker.clip_length))
-            self.at_end, self.idle = len(self.taken) < self.common.tracker.clip_length, not self.taken
+            self.taken = list(islice(self._source, self.clip_length))
+            self.at_end, self.idle = len(self.taken) < self.clip_length, not self.taken
 
         def step(self) -> None:
             with span("model", self.output.name):

@@ -158,7 +158,7 @@ class Finding:
 
     def together(self, lanes: list[_Lane]) -> None:
         with span("model"):
-            advance([lane.segmentation for lane in lanes], self.options.at_once)
+            advance([lane.segmentation for lane in lanes], 1 if lanes[0].alone else self.options.at_once)
 
 
 class _Lane:
@@ -175,7 +175,14 @@ class _Lane:
         o, network = run.options, run.model.network
         self.segmentation = InstanceSegmentation(network)
         step = self.segmentation.frames_per_step
-        check_memory(network, run.model.name, video, step, o.at_once)
+        self.alone, self.note = False, ""
+        try:
+            check_memory(network, run.model.name, video, step, o.at_once)
+        except VideoError:
+            if o.at_once == 1:
+                raise
+            check_memory(network, run.model.name, video, step)
+            self.alone, self.note = True, f"segmented by itself: {o.at_once} at once would not fit into memory"
         self._depth = queue_frames(video, step)
         settings = {
             "video": video.source, "frames": list(run.part or ()), "model": run.model.name, **run.model.settings,

@@ -154,7 +154,8 @@ class _Lane:
         self.output = VideoOutput(self.targets, self.name, settings)
         self.first = self.done = self.output.resume_at() if run.resume else 0  # frames that the state covered at first, and does now
         self.taken: list[Frame] = []
-        self.at_end = self.idle = False
+        self.at_end = self.idle = self.alone = False
+        self.note = ""
         self._threads = ExitStack()
 
     def open(self) -> None:

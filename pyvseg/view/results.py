@@ -62,9 +62,10 @@ def find(root: Path) -> list[Entry]:
     """
     if not root.is_dir():
         raise VideoError(f"{root}: no such folder; give the --out folder of a run")
-    entries = {entry.name: entry for entry in (*_failed(root), *_dataset(root), *_folders(root))}
-    if (whole := _entry(root.resolve().name, root)) is not None:
-        entries = {whole.name: whole}
+    entries = {entry.name: entry for entry in _dataset(root)}
+    if not entries and (whole := _entry(root.resolve().name, root)) is not None:
+        return [whole]
+    entries = entries or {entry.name: entry for entry in (*_failed(root), *_folders(root))}
     if not entries:
         raise VideoError(f"{root}: no results in this folder; give the --out folder of a run")
     return [entries[name] for name in sorted(entries)]
@@ -84,15 +85,18 @@ def _folders(root: Path) -> Iterator[Entry]:
 
 
 def _dataset(root: Path) -> Iterator[Entry]:
-    for tracks in (root / "rle").glob("*.json"):
-        overlay, masks = root / "overlays" / f"{tracks.stem}.mp4", root / "Annotations" / tracks.stem
-        yield Entry(tracks.stem, tracks, overlay if overlay.is_file() else None, masks if masks.is_dir() else None)
+    """Folders for each kind of file, with one file or folder in them for each video."""
+    tracks = {path.stem: path for kind in ("rle", "tracks") for path in (root / kind).glob("*.json")}
+    overlays = {path.stem: path for path in (root / "overlays").glob("*.mp4")}
+    for name in {**tracks, **overlays}:
+        masks = next((path for path in (root / "Annotations" / name, root / "masks" / name) if path.is_dir()), None)
+        yield Entry(name, tracks.get(name), overlays.get(name), masks)
 
 
 def _failed(root: Path) -> Iterator[Entry]:
     """Videos that the manifest of a batch notes as failed; results found in the folder take their place."""
     try:
-        lines = (root / "manifest.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = [line for path in root.glob("manifest*.jsonl") for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     except OSError:
         return
     for line in lines:
@@ -114,7 +118,7 @@ def facts(entry: Entry) -> Facts:
         found.frames = max(found.frames, len(segments))
         found.size = found.size or next((tuple(rle["size"]) for rle in segments if rle), None)
         found.objects.append(_object(track, segments))
-    _colour(found.objects, by_id=entry.tracks is not None and entry.tracks.name != "results.json")
+    _colour(found.objects, by_id=entry.tracks is not None and (entry.tracks.name == "masks.json" or entry.tracks.parent.name == "rle"))
     if entry.overlay is not None:
         _read_overlay(entry.overlay, found)
     return found

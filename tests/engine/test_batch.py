@@ -10,16 +10,21 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pyvseg.engine import memory
 from pyvseg.engine import run as engine
 from pyvseg.engine.batch import batch
 from pyvseg.engine.jobs import Job
+from pyvseg.engine.lanes import drive, raise_error
 from pyvseg.engine.output import Interrupted
-from pyvseg.errors import OutputError, PyvsegError
-from pyvseg.video import png
+from pyvseg.errors import OutputError, PyvsegError, VideoError
+from pyvseg.models import zoo
+from pyvseg.models.stcn import STCN
+from pyvseg.video import open_video, png
 from pyvseg.video.writer import PngWriter
 from tests.conftest import ROOT
 from tests.engine.standin import StandinRecipe
@@ -110,7 +115,7 @@ import os, sys
 from pathlib import Path
 from tests.engine.standin import StandinRecipe
 from tests.engine.test_batch import go
-for line in sys.stdin:
+while line := sys.stdin.readline():
     clips, out, at_once, delay = line.rstrip("\\n").split("\\t")
     child = os.fork()
     if not child:
@@ -187,11 +192,12 @@ def test_full_disk(clips, tmp_path, undisturbed, monkeypatch):
         return encode(*given)
 
     monkeypatch.setattr(png, "encode_labels", fill)
-    with pytest.raises(OutputError, match="No space left.*2 of 6 videos are finished and kept, 4 remain, the same command goes on"):
+    with pytest.raises(OutputError, match=r"No space left.*\d of 6 videos are finished and kept, \d remain, the same command goes on"):
         go(clips, tmp_path / "out")
-    assert files(tmp_path / "out") == {k: v for k, v in undisturbed.items() if k[0] in "ab"}
+    finished = [note["name"] for note in notes(tmp_path / "out")]
+    assert "a" in finished and files(tmp_path / "out") == {k: v for k, v in undisturbed.items() if k[0] in finished}
     monkeypatch.setattr(png, "encode_labels", encode)
-    assert go(clips, tmp_path / "out").done == 4 and files(tmp_path / "out") == undisturbed
+    assert go(clips, tmp_path / "out").done == 6 - len(finished) and files(tmp_path / "out") == undisturbed
 
 
 def test_unwritable(clips, tmp_path):
@@ -294,3 +300,63 @@ def test_shards(clips, tmp_path, undisturbed):
         assert (report.videos, report.done) == (2, 2)
     assert files(tmp_path / "out") == undisturbed and len(notes(tmp_path / "out")) == 6 + 2
     assert go(clips, tmp_path / "out").before == 6
+
+
+def test_clips_that_do_not_fit_are_shortened(clips, tmp_path, undisturbed):
+    """The stand-in's masks move once in each clip, so the clip length shows."""
+
+    class Recipe(StandinRecipe):
+        def lanes(self, stop):
+            lanes = super().lanes(stop)
+            lanes.tracker = replace(lanes.tracker, fit=lambda video, objects: 3 if video.name == "b" else 5)
+            return lanes
+
+    report = go(clips, tmp_path / "out", Recipe())
+    assert [remark.split(": ")[1] for remark in report.remarks] == ["clip length 3 in place of 5, which would not fit into memory"]
+    go(jobs_of(clips)[1:2], tmp_path / "three", StandinRecipe(3))
+    found = files(tmp_path / "out")
+    assert all(found[k] == v for k, v in undisturbed.items() if k[0] != "b")
+    assert {k: v for k, v in found.items() if k[0] == "b"} == files(tmp_path / "three")
+
+
+def test_clip_lengths_that_fit(clips, monkeypatch):
+    network = STCN(zoo.variant("pcvos_tiny").settings).eval()
+    video = open_video(clips / "a.mp4")
+    needed = [memory.clip_bytes(network, video, length, 3, 16) for length in (1, 5, 25)]
+    assert needed == sorted(needed)
+    for free, length in ((1e18, 25), (needed[1] / 0.8 + 1, 5), (needed[0] / 0.8 + 1, 1)):
+        monkeypatch.setattr(memory, "total", lambda device, free=free: free)
+        assert memory.fitting_clip(network, video, 25, 3, 16) == length
+    monkeypatch.setattr(memory, "total", lambda device: 1000)
+    with pytest.raises(VideoError, match="a.mp4: 3 objects in frames of 64x48 take .* even frame by frame"):
+        memory.fitting_clip(network, video, 25, 3, 16)
+
+
+class Alone:
+    """A lane of one turn that needs all the room, or does not."""
+
+    def __init__(self, name, alone, seen):
+        self.name, self.alone, self.seen = name, alone, seen
+        self.at_end = self.idle = False
+        self.done, self.note = 0, ""
+
+    def open(self):
+        pass
+
+    def fill(self):
+        self.at_end, self.idle, self.done = self.done == 2, self.done == 2, min(self.done + 1, 2)
+
+    def step(self):
+        pass
+
+    def complete(self):
+        return True
+
+    def abandon(self, error):
+        return error
+
+
+def test_a_video_that_has_to_be_alone():
+    turns = []
+    drive("abCdE", lambda name: Alone(name, name.isupper(), turns), lambda lanes: turns.append("".join(lane.name for lane in lanes)), raise_error, at_once=3, stop=threading.Event())
+    assert set(turns) == {"ab", "C", "d", "E"}

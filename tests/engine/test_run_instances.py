@@ -248,7 +248,7 @@ def test_memory_that_will_not_do(tmp_path, ready, clips, monkeypatch):
     """Told before anything starts, with what to lower."""
     gib = 1 << 30
     monkeypatch.setattr(memory, "available", lambda device: gib)
-    with pytest.raises(VideoError, match=r"7680x4320 frames take minvis_r50_ytvis21 about \d\.\d GB of memory \(cpu\), 1\.1 GB are free; try --at-once 1, --precision bfl.*"):
+    with pytest.raises(VideoError, match=r"7680x4320 frames take minvis_r50_ytvis21 about \d\.\d GB of memory \(cpu\), 1\.1 GB are free; try --precision bfl.*"):
         go(ready("minvis_r50_ytvis21"), [np.zeros((4320, 7680, 3), np.uint8)], tmp_path / "out")
     joint = ready("mask2former_video_r50_ytvis19")
     monkeypatch.setattr(memory, "available", lambda device: gib // 2)

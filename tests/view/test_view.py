@@ -63,14 +63,17 @@ def test_a_batch_with_hostile_names_and_failures(tmp_path):
     assert "/" in videos[HOSTILE]["overlay"] and not set(' #?"<%') & set(videos[HOSTILE]["overlay"].replace("%", ""))
 
 
-def test_a_dataset(tmp_path):
+@pytest.mark.parametrize("masks, tracks", [("Annotations", "rle"), ("masks", "tracks")])
+def test_a_dataset(tmp_path, masks, tracks):
     results(tmp_path / "one")
-    for source, target in (("masks", "Annotations/seq"), ("masks.json", "rle/seq.json"), ("overlay.mp4", "overlays/seq.mp4")):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "results.json").write_text("[]")
+    for source, target in (("masks", f"{masks}/seq"), ("masks.json", f"{tracks}/seq.json"), ("overlay.mp4", "overlays/seq.mp4")):
         (tmp_path / "set" / target).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(tmp_path / "one" / source, tmp_path / "set" / target)
     page, _ = write_page(tmp_path / "set")
     (video,) = data(page)["videos"]
-    assert (video["name"], video["overlay"], video["strip"]) == ("seq", "overlays/seq.mp4", "rle/seq.jpg")
+    assert (video["name"], video["overlay"], video["strip"]) == ("seq", "overlays/seq.mp4", f"{tracks}/seq.jpg")
 
 
 def test_damaged_results_say_nothing_and_stop_nothing(tmp_path):
