@@ -113,12 +113,13 @@ def facts(entry: Entry) -> Facts:
     found = Facts()
     if entry.masks is not None and entry.tracks is None:
         found.frames = sum(1 for _ in entry.masks.glob("*.png"))
-    for number, track in enumerate(_read_tracks(entry.tracks), 1):
+    given = entry.tracks is not None and (entry.tracks.name == "masks.json" or entry.tracks.parent.name == "rle")  # not found by a model
+    for track in _read_tracks(entry.tracks):
         segments = track["segmentations"]
         found.frames = max(found.frames, len(segments))
         found.size = found.size or next((tuple(rle["size"]) for rle in segments if rle), None)
-        found.objects.append(_object(track, segments))
-    _colour(found.objects, by_id=entry.tracks is not None and (entry.tracks.name == "masks.json" or entry.tracks.parent.name == "rle"))
+        found.objects.append(_object(track, segments, "object" if given else f"class {track.get('category_id', 1)}"))
+    _colour(found.objects, by_id=given)
     if entry.overlay is not None:
         _read_overlay(entry.overlay, found)
     return found
@@ -132,11 +133,11 @@ def _read_tracks(path: Path | None) -> list[dict]:
         return []
 
 
-def _object(track: dict, segments: list) -> Object:
+def _object(track: dict, segments: list, nameless: str) -> Object:
     cells = min(BUCKETS, len(segments))
     bounds = [round(i * len(segments) / cells) for i in range(cells + 1)] if cells else []
     present = "".join("01"[any(segments[a:b])] for a, b in zip(bounds, bounds[1:]))
-    category = str(track.get("category") or f"class {track.get('category_id', 1)}")
+    category = str(track.get("category") or nameless)
     return Object(int(track.get("object_id", 0)), category, float(track.get("score", 1.0)), "", sum(map(bool, segments)), present)
 
 
