@@ -108,10 +108,10 @@ def test_a_broken_video_stops_nothing(clips, tmp_path, undisturbed):
     assert go(jobs, tmp_path / "out").before == 5
 
 
-# A process that has imported everything forks one that can be killed for each line that it is given. Until the next line it
-# does not ask for the end of that one, so that the id stays taken and nobody else is killed.
+# A process that has imported everything forks a batch for each line that it is given, kills it at the next line and tells
+# the signal that it died of. It kills before it asks for the end, so that the id cannot have become somebody else's.
 FORKS = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from tests.engine.standin import StandinRecipe
 from tests.engine.test_batch import go
@@ -121,22 +121,22 @@ while line := sys.stdin.readline():
     if not child:
         go(Path(clips), Path(out), StandinRecipe(delay=float(delay), at_once=int(at_once)))
         os._exit(0)
-    print(child, flush=True)
     sys.stdin.readline()
+    os.kill(child, signal.SIGKILL)
     print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def begin():
-    """begin(clips, out, at_once, delay) starts a batch in a process of its own: its id, and a function that waits for its end and returns its signal."""
+    """begin(clips, out, at_once, delay) starts a batch in a process of its own; it returns a function that kills it and returns the signal that it died of."""
     process = subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start(*arguments):
         print(*arguments, sep="\t", file=process.stdin, flush=True)
-        return int(process.stdout.readline()), end
+        return kill
 
-    def end():
+    def kill():
         print(file=process.stdin, flush=True)
         return os.WTERMSIG(int(process.stdout.readline()))
 
@@ -150,10 +150,9 @@ def test_killed_at_any_moment(clips, tmp_path, undisturbed, begin):
     moments, killed, tries = random.Random(4), 0, 0
     while killed < 20 and tries < 60:
         out = tmp_path / f"out{tries // 4}"  # four kills on the way to one result
-        pid, end = begin(clips, out, 1 + tries % 2, 0.004)
+        kill = begin(clips, out, 1 + tries % 2, 0.004)
         time.sleep(moments.uniform(0, 0.35))
-        os.kill(pid, signal.SIGKILL)
-        killed += end() == signal.SIGKILL
+        killed += kill() == signal.SIGKILL
         tries += 1
         if tries % 4 == 0 or killed == 20:
             finished = [note["name"] for note in notes(out)] if (out / "manifest.jsonl").exists() else []
@@ -283,15 +282,14 @@ def test_folders_that_are_not_ours(clips, tmp_path):
 
 
 def test_two_batches_for_one_folder(clips, tmp_path, begin):
-    pid, end = begin(clips, tmp_path / "out", 1, 5)
+    kill = begin(clips, tmp_path / "out", 1, 5)
     try:
         while not (tmp_path / "out" / "manifest.jsonl").exists() or not (tmp_path / "out" / "manifest.jsonl").read_text():
             time.sleep(0.02)
         with pytest.raises(OutputError, match="another pyvseg batch is writing there.*--shard"):
             go(clips, tmp_path / "out")
     finally:
-        os.kill(pid, signal.SIGKILL)
-        end()
+        kill()
 
 
 def test_shards(clips, tmp_path, undisturbed):
