@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bilinear samples of masks at points, and their gradient (see pyvseg/ops/point_sample.py). The four corners and weights of
-// a point are computed once for all the planes that are sampled there.
+// Bilinear samples of masks at points, and their gradient (see pyvseg/ops/point_sample.py). The corners
+// and weights of points are computed once for all the planes that are sampled there, and a vector of points is sampled at once.
 #include <cstdint>
 
 #include "../isa.h"
@@ -10,10 +10,13 @@ namespace pyvseg::point_sample {
 
 enum class Element : int32_t { kFloat, kBfloat16, kHalf, kByte };  // the first three as Number of launch.h
 
+constexpr int kBlock = 16;  // points
+
+// Where a block of points lies in a plane: the left corners, how far right of them (0 or 1) the right ones are, and the
+// weights of top left, top right, bottom left and bottom right. Of corners outside, any index of the plane with weight 0.
 struct Corners {
-  int32_t index[4];  // into a plane; of corners outside any index of the plane, with weight 0
-  float weight[4];
-  int64_t point;  // whose corners these are: they may stand in another order
+  int32_t top[kBlock], bottom[kBlock], step[kBlock];
+  float weight[4][kBlock];
 };
 
 struct Planes {
@@ -34,8 +37,6 @@ struct Gradients {
   float* scratch;  // size floats; for float32 masks nothing
 };
 
-constexpr int64_t kAhead = 64;  // points
-
 struct Kernels {
   void (*corners)(const float* points, int64_t n, int64_t height, int64_t width, Corners* out);
   void (*sample)(const Planes&, int64_t plane);
@@ -46,29 +47,43 @@ struct Kernels {
 namespace {
 
 struct Axis {
-  int32_t index[2];
-  float weight[2];
+  vint low, high;
+  vfloat low_weight, high_weight;
 };
 
 // The pixels beside `at` in [0, 1] of an axis; pixel centres at +0.5, zeros outside. NaN is outside.
-PYVSEG_INLINE Axis axis_of(float at, int64_t size) {
-  const float x = at * float(size) - 0.5f;
-  if (!(x > -1.0f && x < float(size))) return {{0, 0}, {0, 0}};
-  const int32_t right = int32_t(x + 1.0f), left = right - 1;
-  const float fraction = x - float(left);
-  if (left < 0) return {{0, 0}, {0, fraction}};
-  if (right >= size) return {{int32_t(size - 1), int32_t(size - 1)}, {left < size ? 1.0f - fraction : 0.0f, 0}};
-  return {{left, right}, {1.0f - fraction, fraction}};
+PYVSEG_INLINE Axis axis_of(vfloat at, int32_t size) {
+  const vfloat wanted = at * float(size) - 0.5f;
+  const vint inside = (wanted > -1.0f) & (wanted < float(size));
+  const vfloat x = inside ? wanted : vfloat{};
+  const vint right = __builtin_convertvector(x + 1.0f, vint), left = right - 1;
+  const vfloat fraction = x - __builtin_convertvector(left, vfloat);
+  const vint last = splat(size - 1), low = left < 0 ? vint{} : left;
+  return {low > last ? last : low, right > last ? last : right, (inside & (left >= 0) & (left <= last)) != 0 ? 1.0f - fraction : vfloat{},
+          (inside & (right <= last)) != 0 ? fraction : vfloat{}};
 }
 
 void corners(const float* points, int64_t n, int64_t height, int64_t width, Corners* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    const Axis x = axis_of(points[2 * i], width), y = axis_of(points[2 * i + 1], height);
-    for (int c = 0; c < 4; ++c) {
-      out[i].index[c] = y.index[c / 2] * int32_t(width) + x.index[c % 2];
-      out[i].weight[c] = y.weight[c / 2] * x.weight[c % 2];
+  vuint even;
+  for (int i = 0; i < kLanes; ++i) even[i] = 2 * i;
+  for (int64_t i = 0; i < n; i += kBlock, ++out) {
+    float rest[2 * kBlock];
+    const float* from = points + 2 * i;
+    if (n - i < kBlock) {
+      for (int j = 0; j < 2 * kBlock; ++j) rest[j] = j < 2 * (n - i) ? from[j] : -1.0f;
+      from = rest;
     }
-    out[i].point = i;
+    for (int j = 0; j < kBlock; j += kLanes) {
+      const vuint a = (vuint)load(from + 2 * j), b = (vuint)load(from + 2 * j + kLanes);
+      const Axis x = axis_of((vfloat)shuffle(a, b, even), int32_t(width)), y = axis_of((vfloat)shuffle(a, b, even + 1), int32_t(height));
+      store(out->top + j, y.low * int32_t(width) + x.low);
+      store(out->bottom + j, y.high * int32_t(width) + x.low);
+      store(out->step + j, x.high - x.low);
+      store(out->weight[0] + j, y.low_weight * x.low_weight);
+      store(out->weight[1] + j, y.low_weight * x.high_weight);
+      store(out->weight[2] + j, y.high_weight * x.low_weight);
+      store(out->weight[3] + j, y.high_weight * x.high_weight);
+    }
   }
 }
 
@@ -78,39 +93,72 @@ PYVSEG_INLINE float number(const T* p) {
   return load1(p);
 }
 
-typedef float quad __attribute__((vector_size(16)));
-typedef double pair __attribute__((vector_size(16)));
+struct Pair {
+  vfloat left, right;
+};
 
-// The four corners of a point times their weights.
+// Elements at `index` of a plane and `step` further.
 template <typename T>
-PYVSEG_INLINE float blend(const T* from, const Corners& c) {
-  const float top = c.weight[0] * number(from + c.index[0]) + c.weight[1] * number(from + c.index[1]);
-  const float bottom = c.weight[2] * number(from + c.index[2]) + c.weight[3] * number(from + c.index[3]);
-  return top + bottom;
-}
-PYVSEG_INLINE float blend(const float* from, const Corners& c) {
-  quad value, weight;
-  if (__builtin_expect(c.index[1] == c.index[0], 0)) {  // at the border
-    value = quad{from[c.index[0]], from[c.index[1]], from[c.index[2]], from[c.index[3]]};
-  } else {
-    double top, bottom;  // two floats each
-    __builtin_memcpy(&top, from + c.index[0], 8);
-    __builtin_memcpy(&bottom, from + c.index[2], 8);
-    value = (quad)pair{top, bottom};
+PYVSEG_INLINE Pair pair_one_by_one(const T* plane, vint index, vint step) {
+  Pair pair;
+  for (int i = 0; i < kLanes; ++i) {
+    pair.left[i] = number(plane + index[i]);
+    pair.right[i] = number(plane + index[i] + step[i]);
   }
-  __builtin_memcpy(&weight, c.weight, sizeof weight);
-  value *= weight;
-  return (value[0] + value[1]) + (value[2] + value[3]);
+  return pair;
 }
+
+#if defined(__AVX512F__)
+// Neighbours are read together.
+PYVSEG_INLINE bool all_neighbours(vint step) { return _mm512_test_epi32_mask((__m512i)step, (__m512i)step) == 0xffff; }
+PYVSEG_INLINE Pair pair_at(const float* plane, int64_t, vint index, vint step) {
+  if (__builtin_expect(!all_neighbours(step), 0)) return pair_one_by_one(plane, index, step);
+  const vuint a = (vuint)_mm512_i32gather_pd(_mm512_castsi512_si256((__m512i)index), plane, 4);
+  const vuint b = (vuint)_mm512_i32gather_pd(_mm512_extracti64x4_epi64((__m512i)index, 1), plane, 4);
+  vuint even;
+  for (int i = 0; i < kLanes; ++i) even[i] = 2 * i;
+  return {(vfloat)shuffle(a, b, even), (vfloat)shuffle(a, b, even + 1)};
+}
+PYVSEG_INLINE vfloat widened(bfloat16, vuint halves) { return (vfloat)(halves << 16); }
+PYVSEG_INLINE vfloat widened(float16, vuint halves) { return (vfloat)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)halves)); }
+template <typename T>
+PYVSEG_INLINE Pair pair_at(const T* plane, int64_t, vint index, vint step) {
+  if (__builtin_expect(!all_neighbours(step), 0)) return pair_one_by_one(plane, index, step);
+  const vuint both = (vuint)_mm512_i32gather_epi32((__m512i)index, plane, 2);
+  return {widened(T{}, both & 0xffff), widened(T{}, both >> 16)};
+}
+PYVSEG_INLINE Pair pair_at(const uint8_t* plane, int64_t size, vint index, vint step) {
+  if (__builtin_expect(size < 4, 0)) return pair_one_by_one(plane, index, step);
+  const vint last = splat(int32_t(size - 4)), from = index > last ? last : index;  // four bytes from here lie in the plane
+  const vuint bytes = (vuint)_mm512_i32gather_epi32((__m512i)from, plane, 1) >> (vuint)((index - from) * 8);
+  const vuint left = bytes & 0xff, right = step != 0 ? bytes & 0xff00 : left;
+  return {left != 0 ? splat(1.0f) : vfloat{}, right != 0 ? splat(1.0f) : vfloat{}};
+}
+#else
+template <typename T>
+PYVSEG_INLINE Pair pair_at(const T* plane, int64_t, vint index, vint step) {
+  return pair_one_by_one(plane, index, step);
+}
+#endif
 
 template <typename T, typename Out>
 void sample_of(const Planes& p, int64_t plane) {
   const T* from = (const T*)p.masks + plane * p.size;
   Out* to = (Out*)p.samples + plane * p.points;
-  for (int64_t i = 0; i < p.points; ++i) {
-    const Corners& c = p.corners[i];
-    __builtin_prefetch(from + p.corners[i + kAhead < p.points ? i + kAhead : i].index[2]);
-    store1(to + c.point, blend(from, c));
+  for (int64_t i = 0; i < p.points; i += kLanes) {
+    const Corners& c = p.corners[i / kBlock];
+    const int64_t at = i % kBlock;
+    const vint step = load(c.step + at);
+    const Pair top = pair_at(from, p.size, load(c.top + at), step), bottom = pair_at(from, p.size, load(c.bottom + at), step);
+    const vfloat above = load(c.weight[0] + at) * top.left + load(c.weight[1] + at) * top.right;
+    const vfloat below = load(c.weight[2] + at) * bottom.left + load(c.weight[3] + at) * bottom.right;
+    if (p.points - i >= kLanes) {
+      store(to + i, above + below);
+      continue;
+    }
+    Out rest[kLanes];
+    store(rest, above + below);
+    for (int64_t j = 0; j < p.points - i; ++j) to[i + j] = rest[j];
   }
 }
 void sample(const Planes& p, int64_t plane) {
@@ -125,9 +173,15 @@ void backward_of(const Gradients& g, int64_t plane, float* sums) {
   const T* from = (const T*)g.samples + plane * g.points;
   __builtin_memset(sums, 0, g.size * sizeof(float));
   for (int64_t i = 0; i < g.points; ++i) {
-    const Corners& at = g.corners[i];
-    const float grad = load1(from + at.point);
-    for (int c = 0; c < 4; ++c) sums[at.index[c]] += at.weight[c] * grad;
+    const Corners& c = g.corners[i / kBlock];
+    const int64_t at = i % kBlock;
+    const float grad = load1(from + i);
+    float *top = sums + c.top[at], *bottom = sums + c.bottom[at];
+    const int32_t step = c.step[at];
+    top[0] += c.weight[0][at] * grad;
+    top[step] += c.weight[1][at] * grad;
+    bottom[0] += c.weight[2][at] * grad;
+    bottom[step] += c.weight[3][at] * grad;
   }
 }
 template <typename T>
@@ -161,37 +215,46 @@ Element element_of(const Tensor& t) {
   return t.scalar_type() == ScalarType::Bool ? Element::kByte : Element(number_of(t));
 }
 
-// The same corners from top to bottom, so that neighbours in the table share cache lines of the plane.
-void sort_by_row(Corners* corners, int64_t n, int64_t height, int64_t width) {
-  std::vector<int64_t> start(height + 1);
-  for (int64_t i = 0; i < n; ++i) ++start[corners[i].index[0] / width + 1];
-  for (int64_t row = 0; row < height; ++row) start[row + 1] += start[row];
-  const std::vector<Corners> unsorted(corners, corners + n);
-  for (const Corners& c : unsorted) corners[start[c.index[0] / width]++] = c;
-}
+int64_t blocks_of(int64_t points) { return (points + kBlock - 1) / kBlock; }
 
-// Corners of points (G, K, 2) float32 in planes of the given size, one row per set of points.
-std::vector<Corners> corners_of(const Tensor& points, int64_t height, int64_t width, int64_t planes) {
-  STD_TORCH_CHECK(points.dim() == 3 && points.size(2) == 2 && points.scalar_type() == ScalarType::Float, "point_sample: points");
-  STD_TORCH_CHECK(height * width <= INT32_MAX, "point_sample: planes of 2^31 elements or more");
-  const Tensor rows = dense(points);
-  const int64_t sets = points.size(0), n = points.size(1);
-  std::vector<Corners> corners(sets * n);
-  const float* from = rows.const_data_ptr<float>();
-  const Kernels& kernel = kernels();
-  parallel_for(0, sets, grain_of(n), [&](int64_t begin, int64_t end) {
-    for (int64_t set = begin; set < end; ++set) {
-      kernel.corners(from + 2 * set * n, n, height, width, corners.data() + set * n);
-      if (planes >= 8 * sets) sort_by_row(corners.data() + set * n, n, height, width);  // costs about as much as one plane
-    }
-  });
-  return corners;
-}
+// Points (G, K, 2), one set for all masks or one for each, and their corners in planes of one size.
+class Sets {
+ public:
+  Sets(const Tensor& points, int64_t height, int64_t width) : rows_(dense(points)), height_(height), width_(width) {
+    STD_TORCH_CHECK(points.dim() == 3 && points.size(2) == 2 && points.scalar_type() == ScalarType::Float, "point_sample: points");
+    STD_TORCH_CHECK(height * width <= INT32_MAX, "point_sample: planes of 2^31 elements or more");
+    points_ = rows_.size(1);
+    if (rows_.size(0) != 1) return;
+    shared_.resize(blocks_of(points_));
+    parallel_for(0, shared_.size(), grain_of(8 * kBlock), [&](int64_t begin, int64_t end) {
+      fill(0, begin * kBlock, std::min(end * kBlock, points_), shared_.data() + begin);
+    });
+  }
 
-// The row of corners of a plane: each mask its own, or all the same.
-const Corners* corners_at(const std::vector<Corners>& corners, const Tensor& points, int64_t mask) {
-  return corners.data() + (points.size(0) == 1 ? 0 : mask * points.size(1));
-}
+  // A thread's last set of its own.
+  struct Own {
+    std::vector<Corners> corners;
+    int64_t mask = -1;
+  };
+
+  const Corners* corners(int64_t mask, Own& own) const {
+    if (rows_.size(0) == 1) return shared_.data();
+    own.corners.resize(blocks_of(points_));
+    if (own.mask != mask) fill(mask, 0, points_, own.corners.data());
+    own.mask = mask;
+    return own.corners.data();
+  }
+
+ private:
+  void fill(int64_t set, int64_t begin, int64_t end, Corners* out) const {
+    const float* from = rows_.const_data_ptr<float>() + 2 * (set * points_ + begin);
+    kernels().corners(from, end - begin, height_, width_, out);
+  }
+
+  Tensor rows_;
+  int64_t points_, height_, width_;
+  std::vector<Corners> shared_;
+};
 
 // masks (N, T, H, W) float32, bfloat16, float16 or bool; points (N or 1, K, 2) float32 -> (N, T, K) of the masks' dtype, float32 for bool
 Tensor point_sample(const Tensor& masks, const Tensor& points) {
@@ -202,12 +265,13 @@ Tensor point_sample(const Tensor& masks, const Tensor& points) {
   const Element element = element_of(planes);
   Tensor samples = torch::stable::new_empty(masks, {N, T, K}, element == Element::kByte ? ScalarType::Float : masks.scalar_type());
   if (H * W == 0) return torch::stable::fill_(samples, 0.0);
-  const std::vector<Corners> corners = corners_of(points, H, W, N * T);
+  const Sets sets(points, H, W);
   const void* from = planes.const_data_ptr();
   void* to = samples.mutable_data_ptr();
   const Kernels& kernel = kernels();
   parallel_for(0, N * T, grain_of(K), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) kernel.sample({from, to, corners_at(corners, points, i / T), H * W, K, element}, i);
+    Sets::Own own;
+    for (int64_t i = begin; i < end; ++i) kernel.sample({from, to, sets.corners(i / T, own), H * W, K, element}, i);
   });
   return samples;
 }
@@ -220,15 +284,16 @@ Tensor point_sample_backward(const Tensor& grad, const Tensor& points, int64_t h
   STD_TORCH_CHECK(points.size(1) == K && (points.size(0) == N || points.size(0) == 1), "point_sample_backward: points do not fit");
   Tensor masks = torch::stable::new_empty(grad, {N, T, height, width});
   if (size == 0) return masks;
-  const std::vector<Corners> corners = corners_of(points, height, width, N * T);
+  const Sets sets(points, height, width);
   const Element element = element_of(samples);
   const void* from = samples.const_data_ptr();
   void* to = masks.mutable_data_ptr();
   const Kernels& kernel = kernels();
   parallel_for(0, N * T, grain_of(K + size), [&](int64_t begin, int64_t end) {
+    Sets::Own own;
     std::vector<float> scratch(element == Element::kFloat ? 0 : size);
     for (int64_t i = begin; i < end; ++i)
-      kernel.backward({from, to, corners_at(corners, points, i / T), size, K, element, scratch.data()}, i);
+      kernel.backward({from, to, sets.corners(i / T, own), size, K, element, scratch.data()}, i);
   });
   return masks;
 }
