@@ -2,6 +2,7 @@
 // Sums behind the matching costs of N mask logits against M targets (see pyvseg/ops/mask_cost.py). One pass over the
 // logits: of a few rows and a chunk of pixels, sigmoid and softplus are computed together, then both products with the
 // targets are taken from cache. sum BCE(x, t) = sum softplus(x) - x.t needs no product with softplus or 1 - t.
+// Targets of bools need no product at all: with the rows in lanes, a target adds the pixels that it has on.
 #include "../isa.h"
 #include "mask_cost.h"
 
@@ -17,7 +18,13 @@ struct Forward {
   float* scratch; // scratch_floats(last - first, M)
 };
 
-constexpr int64_t scratch_floats(int64_t rows, int64_t M) { return (M + 2 * kRows) * kStride + rows * M * 2 * 16; }
+constexpr int64_t kBits = 64;      // pixels whose rows are added bit by bit: their floats stay in L1
+constexpr int64_t kBitRows = 64;   // at most, at a time
+
+constexpr int64_t scratch_floats(int64_t rows, int64_t M) {
+  const int64_t products = (M + 2 * kRows) * kStride + rows * M * 2 * 16, sums = (kBits + M + 1) * 2 * kBitRows;
+  return products > sums ? products : sums;
+}
 
 struct Kernels {
   void (*forward)(const Forward&);
@@ -138,7 +145,106 @@ void products(const float* logits, const float* sigmoids, const float* targets, 
   for (; m < sums.M; ++m) tile<R, 1>(logits, sigmoids, targets + m * kStride, n, sums, row, m);
 }
 
+PYVSEG_INLINE uint64_t bits_of(const uint8_t* from, int64_t n) {
+  uint64_t bits = 0;
+  if (n == kBits)
+    for (int i = 0; i < kBits; i += kLanes) bits |= uint64_t(greater_mask(load(from + i), vfloat{})) << i;
+  else
+    for (int64_t i = 0; i < n; ++i) bits |= uint64_t(from[i] != 0) << i;
+  return bits;
+}
+
+// V vectors of sigmoids, then of logits, for each of n pixels, lanes are rows; adds all sigmoids and all softplus to `sums`.
+template <int V, typename T>
+PYVSEG_INLINE void activate_pixels(const T* from, int64_t stride, int64_t rows, int64_t n, float* pixels, float* sums) {
+  for (int v = 0; v < V; ++v) {
+    const int64_t filled = rows - v * kLanes < kLanes ? rows - v * kLanes : kLanes;
+    vfloat sigmoid{}, softplus{};
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const int64_t left = n - i < kLanes ? n - i : kLanes;
+      vuint square[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) {
+        const T* row = from + (v * kLanes + (r < filled ? r : 0)) * stride + i;
+        __builtin_prefetch(row + kBits);
+        square[r] = (vuint)(left == kLanes ? load(row) : load_part(row, left));
+      }
+      transpose(square);
+      for (int64_t j = 0; j < left; ++j) {
+        const Activation a = activate((vfloat)square[j]);
+        float* pixel = pixels + ((i + j) * 2 * V + v) * kLanes;
+        store(pixel, a.sigmoid);
+        store(pixel + V * kLanes, (vfloat)square[j]);
+        sigmoid += a.sigmoid;
+        softplus += a.softplus;
+      }
+    }
+    store(sums + v * kLanes, load(sums + v * kLanes) + sigmoid);
+    store(sums + (V + v) * kLanes, load(sums + (V + v) * kLanes) + softplus);
+  }
+}
+
+// sums += the pixels that are on
+template <int V>
+PYVSEG_INLINE void add_bits(uint64_t bits, const float* pixels, float* sums) {
+  vfloat total[2 * V] = {};
+  for (; bits; bits &= bits - 1) {
+    const float* pixel = pixels + __builtin_ctzll(bits) * (2 * V * kLanes);
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * V; ++v) total[v] += load(pixel + v * kLanes);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < 2 * V; ++v) store(sums + v * kLanes, load(sums + v * kLanes) + total[v]);
+}
+
+// Rows first to first + rows, at most V vectors of them, against bools.
+template <int V, typename T>
+void forward_bits(const Forward& f, int64_t first, int64_t rows) {
+  constexpr int64_t kWidth = 2 * V * kLanes;
+  const int64_t M = f.targets.count;
+  const uint8_t* targets = (const uint8_t*)f.targets.data;
+  float *pixels = f.scratch, *all = pixels + kBits * kWidth, *sums = all + kWidth;
+  for (int64_t i = 0; i < (M + 1) * kWidth; ++i) all[i] = 0;
+  for (int64_t begin = f.begin; begin < f.end; begin += kBits) {
+    const int64_t n = f.end - begin < kBits ? f.end - begin : kBits;
+    activate_pixels<V>((const T*)f.logits.data + first * f.logits.stride + begin, f.logits.stride, rows, n, pixels, all);
+    for (int64_t m = 0; m < M; ++m) {
+      const uint64_t bits = bits_of(targets + m * f.targets.stride + begin, n);
+      if (f.area && first == f.first) f.area[m] += __builtin_popcountll(bits);
+      if (bits) add_bits<V>(bits, pixels, sums + m * kWidth);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const double softplus = all[V * kLanes + r];
+    f.prob[first + r] = all[r];
+    f.softplus[first + r] = softplus;
+    for (int64_t m = 0; m < M; ++m) {
+      f.overlap[(first + r) * M + m] = sums[m * kWidth + r];
+      f.entropy[(first + r) * M + m] = softplus - sums[m * kWidth + V * kLanes + r];
+    }
+  }
+}
+template <typename T>
+void forward_bits(const Forward& f) {
+  constexpr int64_t kMost = 4 * kLanes;
+  static_assert(kMost <= kBitRows, "fits the scratch");
+  for (int64_t row = f.first; row < f.last; row += kMost) {
+    const int64_t rows = f.last - row < kMost ? f.last - row : kMost;
+    switch ((rows + kLanes - 1) / kLanes) {
+      case 4: forward_bits<4, T>(f, row, rows); break;
+      case 3: forward_bits<3, T>(f, row, rows); break;
+      case 2: forward_bits<2, T>(f, row, rows); break;
+      default: forward_bits<1, T>(f, row, rows);
+    }
+  }
+}
+
 void forward(const Forward& f) {
+  if (f.targets.element == Element::kByte && f.last - f.first >= kLanes / 2) {
+    if (f.logits.element == Element::kFloat) return forward_bits<float>(f);
+    if (f.logits.element == Element::kBfloat16) return forward_bits<bfloat16>(f);
+    return forward_bits<float16>(f);
+  }
   const int64_t M = f.targets.count, N = f.last - f.first;
   float *targets = f.scratch, *logits = targets + M * kStride, *sigmoids = logits + kRows * kStride;
   const Sums sums{sigmoids + kRows * kStride, M};
@@ -180,8 +286,8 @@ PYVSEG_KERNEL_TABLE
 namespace {
 
 // Logit rows of a task: so many that their sums stay in the second cache, fewer where the slices alone are too few tasks.
-int64_t group_of(int64_t rows, int64_t targets, int64_t slices) {
-  const int64_t cached = std::max<int64_t>(kRows, 2048 / std::max<int64_t>(targets, 1) / kRows * kRows);
+int64_t group_of(int64_t rows, int64_t targets, int64_t slices, bool bits) {
+  const int64_t cached = std::max<int64_t>(bits ? kBitRows : kRows, 2048 / std::max<int64_t>(targets, 1) / kRows * kRows);
   return std::min(cached, slices >= 8 ? std::max<int64_t>(rows, 1) : 32);
 }
 
@@ -201,11 +307,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_cost(const Tensor& logits, const
   number_of(logits);  // not bytes, as targets may be
   const Tensor x = rows_contiguous(logits), t = rows_contiguous(targets);
   const int64_t N = x.size(0), M = t.size(0), P = x.size(1), slice = slice_of(P), slices = (P + slice - 1) / slice;
-  const int64_t group = group_of(N, M, slices), groups = std::max<int64_t>(1, (N + group - 1) / group);
+  const Rows logit_rows = rows_of(x), target_rows = rows_of(t);
+  const int64_t group = group_of(N, M, slices, target_rows.element == Element::kByte);
+  const int64_t groups = std::max<int64_t>(1, (N + group - 1) / group);
   const auto empty = [&](std::vector<int64_t> shape) { return torch::stable::new_empty(logits, shape, ScalarType::Float); };
   Tensor overlap = empty({N, M}), entropy = empty({N, M}), prob = empty({N}), area = empty({M});
   std::vector<double> overlaps(slices * N * M), entropies(slices * N * M), probs(slices * N), softplus(slices * N), areas(slices * M);
-  const Rows logit_rows = rows_of(x), target_rows = rows_of(t);
   const Kernels& kernel = kernels();
   parallel_for(0, slices * groups, grain_of(std::min(group, N) * std::min(slice, P)), [&](int64_t begin, int64_t end) {
     Scratch scratch(scratch_floats(group, M));

@@ -25,7 +25,7 @@ def check(mine: MaskCosts, logits: Tensor, targets: Tensor) -> None:
         assert_as_exact(*three, what=name)
 
 
-@pytest.mark.parametrize("n, m, size", [(7, 5, (3, 20, 33)), (1, 1, (1,)), (4, 3, (1024,)), (33, 8, (2, 1111)), (2, 20, (9000,))])
+@pytest.mark.parametrize("n, m, size", [(7, 5, (3, 20, 33)), (1, 1, (1,)), (4, 3, (1024,)), (33, 8, (2, 1111)), (2, 20, (9000,)), (70, 3, (130,))])
 def test_costs(isa, n, m, size):
     logits, targets = problem(n, m, *size)
     check(mask_costs(logits, targets), logits, targets)

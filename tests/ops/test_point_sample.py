@@ -31,10 +31,14 @@ def test_samples(isa, dtype, each):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 5), st.integers(1, 9), st.integers(1, 9), st.integers(0, 40), st.booleans(), st.integers(0, 2**31))
-def test_any_shape(n, height, width, k, each, seed):
+@given(
+    *(st.integers(0, 5), st.integers(1, 9), st.integers(1, 9), st.integers(0, 40)),
+    *(st.booleans(), st.sampled_from([*DTYPES, torch.bool]), st.integers(0, 2**31)),
+)
+def test_any_shape(n, height, width, k, each, dtype, seed):
     torch.manual_seed(seed)
-    compare(torch.randn(n, height, width), around(n, k) if each else around(k))
+    masks = torch.randn(n, height, width)
+    compare(masks > 0 if dtype == torch.bool else masks.to(dtype), around(n, k) if each else around(k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
