@@ -5,7 +5,7 @@ clips share, and HiLA-MB, a memory of appearances and boxes for what the overlap
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ class LinkSettings:
     temperature   of the distance between boxes
     momentum      share of the old appearance
     divisor       a panoptic value is category * divisor + id
+    within_clips  whether `join_within` comes first; published as an option that is off
     """
 
     memory: bool = True
@@ -37,6 +38,7 @@ class LinkSettings:
     temperature: float = 1.0
     momentum: float = 0.8
     divisor: int = 10000
+    within_clips: bool = False
 
 
 @dataclass
@@ -110,6 +112,26 @@ def link(clip: ClipPanoptic, start: int, overlaps: bool, state: LinkState, setti
     return Linked(_merge_stuff(clip, values, state).astype(np.int32), values.astype(np.int32), matched, unmatched, decoded)
 
 
+def join_within(clip: ClipPanoptic, settings: LinkSettings) -> ClipPanoptic:
+    """Objects seen only in the clip's first frame and only later become one where they score as one of the memory would."""
+    present = np.stack([np.bincount(frame.ravel(), minlength=len(clip.segments) + 1) > 0 for frame in clip.labels])
+    early, late = present[0] & ~present[1:].any(0), ~present[0] & present[1:].any(0)
+    things = _things(clip, present.any(0))
+    before, after = [s for s in things if early[s]], [s for s in things if late[s]]
+    if not before or not after:
+        return clip
+    segments, table = list(clip.segments), np.arange(len(clip.segments) + 1, dtype=clip.labels.dtype)
+    sides = [[(segments[s - 1].feature, segments[s - 1].box) for s in side] for side in (before, after)]
+    for a, j in zip(before, hungarian_assignment(_match(*sides, settings), settings.confidence).tolist()):
+        one, other = segments[a - 1], segments[after[j] - 1]
+        if j >= 0 and one.category == other.category:
+            box = np.concatenate([np.minimum(one.box[:2], other.box[:2]), np.maximum(one.box[2:], other.box[2:])])
+            segments[a - 1] = replace(one, feature=(one.feature + other.feature) / 2, box=box)
+            segments[after[j] - 1] = replace(other, box=None)
+            table[after[j]] = a
+    return ClipPanoptic(table[clip.labels], segments)
+
+
 def _things(clip: ClipPanoptic, present: np.ndarray) -> list[int]:
     return [s for s, segment in enumerate(clip.segments, 1) if segment.is_thing and present[s]]
 
@@ -175,7 +197,8 @@ def _remember(
     candidates = [value for value in state.memory if value not in known]
     decoded = None
     if new and candidates:
-        scores = _scores(clip, list(new.values()), [state.memory[c] for c in candidates], settings)
+        asked = [(clip.segments[s - 1].feature, clip.segments[s - 1].box) for s in new.values()]
+        scores = _match(asked, [(state.memory[c].appearance, state.memory[c].boxes[1]) for c in candidates], settings)
         decoded = scores.numpy(), list(new), candidates
         match = hungarian_assignment(scores, settings.confidence).tolist()
         # Published: what is new and finds nothing in a memory that is not empty does not enter it.
@@ -189,11 +212,10 @@ def _remember(
     return decoded
 
 
-def _scores(clip: ClipPanoptic, asked: list[int], memory: list[Remembered], settings: LinkSettings) -> Tensor:
-    segments = [clip.segments[s - 1] for s in asked]
-    features, boxes = (torch.from_numpy(np.stack(rows)) for rows in ([s.feature for s in segments], [s.box for s in segments]))
-    memories, theirs = (torch.from_numpy(np.stack(rows)) for rows in ([m.appearance for m in memory], [m.boxes[1] for m in memory]))
-    return memory_match(features, memories, "cosine", locations=boxes, memory_locations=theirs, temperature=settings.temperature)
+def _match(ours: list[tuple[np.ndarray, np.ndarray]], theirs: list[tuple[np.ndarray, np.ndarray]], settings: LinkSettings) -> Tensor:
+    """Scores of two lists of (feature, box)."""
+    (features, boxes), (memory, places) = ([torch.from_numpy(np.stack(part)) for part in zip(*side)] for side in (ours, theirs))
+    return memory_match(features, memory, "cosine", locations=boxes, memory_locations=places, temperature=settings.temperature)
 
 
 def _encode(state: LinkState, seen: dict[int, int], clip: ClipPanoptic, start: int, settings: LinkSettings) -> None:

@@ -14,7 +14,7 @@ from pyvseg.layers.kmax_decoder import FramePixels
 from pyvseg.models.kmax import KMaX, KMaXSettings
 from pyvseg.models.kmax_panoptic import ClipPanoptic, PanopticSettings, panoptic_clip
 from pyvseg.models.kmax_size import KMaXSize
-from pyvseg.models.panoptic_linking import Linked, LinkSettings, LinkState, link
+from pyvseg.models.panoptic_linking import Linked, LinkSettings, LinkState, join_within, link
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class VideoKMaX(KMaX):
 
     def segment_clip(self, pixels: list[FramePixels], state: VideoKMaXState) -> ClipPanoptic:
         prediction, _ = self.decoder(pixels)
-        return panoptic_clip(prediction, 0, self.things, state.size, self.settings.panoptic)
+        clip = panoptic_clip(prediction, 0, self.things, state.size, self.settings.panoptic)
+        return join_within(clip, self.settings.linking) if self.settings.linking.within_clips else clip
 
     def link(self, clip: ClipPanoptic, state: VideoKMaXState) -> Linked:
         return link(clip, state.start, self.settings.clip_length > 1, state.links, self.settings.linking)

@@ -7,7 +7,7 @@ import torch
 
 from pyvseg.errors import PyvsegError
 from pyvseg.models.kmax_panoptic import ClipPanoptic, ClipSegment, PanopticSettings, boxes_of
-from pyvseg.models.panoptic_linking import LinkSettings, LinkState, link
+from pyvseg.models.panoptic_linking import LinkSettings, LinkState, join_within, link
 from pyvseg.models.state import load_state, save_state
 from pyvseg.models.video_kmax import VideoKMaX, VideoKMaXSettings
 from tests.models.test_kmax import SMALL, small
@@ -124,3 +124,15 @@ def test_ids_return_in_endless_video():
     many = clip(*((1, True, [slice(i, i + 1)], RED) for i in range(9)))
     with pytest.raises(PyvsegError, match="room for 7 ids"):
         link(many, 30, False, state, rules)
+
+
+def test_an_object_that_changes_its_query_within_a_clip_is_joined():
+    two = clip(
+        (1, True, [LEFT, None, None], RED), (1, True, [None, LEFT, LEFT], (0.9, 0.1)), (2, True, [None, MIDDLE, None], RED),
+        (1, True, [RIGHT, RIGHT, RIGHT], RED), frames=3,
+    )  # fmt: skip
+    joined = join_within(two, LinkSettings())
+    assert [np.unique(frame).tolist() for frame in joined.labels] == [[0, 1, 4], [0, 1, 3, 4], [0, 1, 4]]
+    np.testing.assert_allclose(joined.segments[0].feature, [0.95, 0.05], rtol=1e-6)
+    assert joined.segments[1].box is None and joined.segments[0].box.tolist() == two.segments[0].box.tolist()
+    assert join_within(clip((1, True, [LEFT, None], RED), (1, True, [None, LEFT], BLUE), frames=2), LinkSettings()).labels[1].max() == 2
