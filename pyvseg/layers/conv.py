@@ -12,13 +12,14 @@ from pyvseg.ops import conv3x3, conv3x3_weight
 from pyvseg.ops._dispatch import choose
 
 FEW_OUTPUTS = 2  # up to so many, nine 1x1 convolutions at once are faster than one 3x3
+MANY_CHANNELS = 256  # from so many on, our kernel in float32 is faster than oneDNN in bfloat16, casts included
 
 
 def fast_conv(conv: nn.Conv2d) -> nn.Module:
     """A module with forward(x, *, relu_input=False, residual=None, relu=False, gelu=False) = conv(relu(x) if relu_input else x) +
     residual, then ReLU where `relu`, GELU where `gelu`.
 
-    Takes a fast way on the CPU when `conv` has no groups and no gradient is asked for: our kernel for float32, 3x3, stride,
+    Takes a fast way on the CPU when `conv` has no groups and no gradient is asked for: our float32 kernel for 3x3, stride,
     padding and dilation 1, where the size makes it pay, else oneDNN with the weight packed. `conv` itself serves everything
     else. The weight is transformed at the first such call: see `layers.packed.Packed`.
     """
@@ -46,8 +47,9 @@ class _FastConv(Packed):
             self.packed = way, self._prepare(way, x)
         prepared = self.packed[1]
         if way == "winograd":
-            y = conv3x3(x, prepared, self.conv.bias, relu_input=relu_input, residual=residual)
-            return _activated(y, relu, gelu)
+            bias, residual = (t if t is None else t.float() for t in (self.conv.bias, residual))
+            y = conv3x3(x.float(), prepared, bias, relu_input=relu_input, residual=residual)
+            return _activated(y, relu, gelu).to(x.dtype)
         x = x.relu() if relu_input else x
         if way == "packed":
             if gelu and residual is not None:
@@ -70,11 +72,12 @@ class _FastConv(Packed):
         if x.ndim != 4 or conv.groups > 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or not packs(x, conv.weight):
             return None
         positions = x.shape[0] * x.shape[2] * x.shape[3]
-        if x.dtype != torch.float32 or positions < 64 or not _is_plain(conv):
+        if positions < 64 or not _is_plain(conv):
             return "packed"
-        if conv.out_channels <= FEW_OUTPUTS and conv.in_channels >= 64:
+        if x.dtype == torch.float32 and conv.out_channels <= FEW_OUTPUTS and conv.in_channels >= 64:
             return "taps"
-        if min(conv.in_channels, conv.out_channels) < 32 or choose("conv3x3", "auto", x, slower="3 times") != "cpu":
+        least = 32 if x.dtype == torch.float32 else MANY_CHANNELS
+        if min(conv.in_channels, conv.out_channels) < least or choose("conv3x3", "auto", x, slower="3 times") != "cpu":
             return "packed"
         return "winograd"
 

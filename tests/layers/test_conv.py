@@ -64,6 +64,17 @@ def test_any_geometry(kwargs, way, dtype):
         torch.testing.assert_close(fast(x, residual=given, relu=True).double(), want, **tolerance)
 
 
+@needs_kernel
+def test_wide_bfloat16_is_computed_in_float32():
+    conv, fast = (module.to(torch.bfloat16) for module in pair(256, 256))
+    x = image(1, 256, 9, 11).to(torch.bfloat16)
+    assert fast._way(x) in ("winograd", None)  # not every processor knows bfloat16
+    y = fast(x, residual=x, relu=True)
+    assert y.dtype == torch.bfloat16
+    exact = (copy.deepcopy(conv).double()(x.double()) + x).relu()
+    torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=1e-3)
+
+
 def test_gradients_take_the_convolution():
     conv, fast = pair(64, 64)
     assert fast._way(image(1, 64, 4, 4)) == "packed"
