@@ -6,6 +6,10 @@ batch norms as they stand, deformable attention by `grid_sample`, attention by `
 mask per head, and after every layer the masks of all queries at stride 4, resized to the next level. From frames in memory
 to tracks as RLE; tracker, upsampling and encoding are ours in either way. Weights are random but fixed, and spread so that
 queries differ. On a machine that does other work too, OMP_WAIT_POLICY=passive and the ratio of CPU seconds say most.
+
+Every way runs in a process of its own: the published one with the allocator as PyTorch leaves it, ours as `pyvseg run` sets it
+(`keep_freed_memory`). "published, freed memory kept" shows what that setting alone would give, and "pyvseg, reference" is our
+model as it is trained, every op on its PyTorch reference, frame by frame.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.apart import Apart
 from benchmarks.harness import machine
 from benchmarks.ops.ms_deform_attn import places, published
 from pyvseg import demo
-from pyvseg.engine.allocator import keep_freed_memory
 from pyvseg.engine.instances import InstanceSegmentation
 from pyvseg.engine.types import Frame
 from pyvseg.layers.attention import Attention
@@ -42,7 +46,25 @@ from pyvseg.video.reader import open_video
 from pyvseg.video.resize import resize_bilinear
 
 SIZE = (360, 640)
-PUBLISHED, FLOAT32, BFLOAT16 = "published", "pyvseg float32", "pyvseg bfloat16"
+
+
+@dataclass(frozen=True)
+class How:
+    """A way to segment: the network, in which precision for inference or else as it is trained, and the process's allocator."""
+
+    published: bool = False
+    inference: torch.dtype | None = None
+    keep_freed: bool = True
+
+
+PUBLISHED = "published"
+WAYS = {
+    PUBLISHED: How(published=True, keep_freed=False),
+    "published, freed memory kept": How(published=True),
+    "pyvseg, reference": How(keep_freed=False),
+    "pyvseg float32": How(inference=torch.float32),
+    "pyvseg bfloat16": How(inference=torch.bfloat16),
+}
 
 
 class PublishedAttention(Attention):
@@ -157,31 +179,46 @@ class Clock:
         model.finish = self.timed("upsampling, encoding", model.finish)
 
 
-class Way:
-    """One way to segment the frames, with its clock."""
+class Segmenting:
+    """Frames to tracks in one way: seconds, CPU seconds, seconds by stage."""
 
-    def __init__(self, name: str, model: str) -> None:
-        self.published = name == PUBLISHED
-        self.model = network(model, as_published=self.published)
-        if not self.published:
-            for_inference(self.model, torch.float32 if name == FLOAT32 else torch.bfloat16)
+    def __init__(self, how: How, model: str, images: np.ndarray) -> None:
+        self.ours, self.images = how.inference is not None, images
+        self.model = network(model, as_published=how.published)
+        if self.ours:
+            for_inference(self.model, how.inference)
         self.clock = Clock()
         self.clock.watch(self.model)
-        self.best = (float("inf"), float("inf"), {})
 
     @torch.inference_mode()
-    def run(self, images: np.ndarray) -> None:
-        """Keeps the best (seconds, CPU seconds, seconds by stage) of all runs."""
+    def __call__(self) -> tuple[float, float, dict[str, float]]:
         self.clock.seconds.clear()
         wall, cpu = time.perf_counter(), time.process_time()
-        with _dispatch.backend("reference" if self.published else "auto"), self.clock.stage("frames, kept masks"):
+        with _dispatch.backend("auto" if self.ours else "reference"), self.clock.stage("frames, kept masks"):
             segmentation = InstanceSegmentation(self.model)
-            if self.published:
+            if not self.ours:
                 segmentation.frames_per_step = segmentation.clip_length or 1
-            for i, image in enumerate(images):
+            for i, image in enumerate(self.images):
                 segmentation.step(Frame(i, image, str(i)))
             segmentation.finish()
-        self.best = min(self.best, (time.perf_counter() - wall, time.process_time() - cpu, dict(self.clock.seconds)), key=lambda b: b[0])
+        return time.perf_counter() - wall, time.process_time() - cpu, dict(self.clock.seconds)
+
+
+def rows_of(model: str, images: np.ndarray, rounds: int, threads: int) -> dict[str, dict]:
+    """The best run of each way."""
+    ways = {name: Apart(Segmenting, how, model, images, threads=threads, keep_freed=how.keep_freed) for name, how in WAYS.items()}
+    runs = [{name: run() for name, run in ways.items()} for _ in range(rounds)]
+    rows = {}
+    for name, run in ways.items():
+        wall, cpu, stages = min((each[name] for each in runs), key=lambda found: found[0])
+        rows[name] = {
+            "seconds per frame": wall / len(images),
+            "CPU seconds per frame": cpu / len(images),
+            "peak memory, MB": run.peak_memory() / 1e6,
+            "shares": {stage: seconds / wall for stage, seconds in stages.items()},
+        }
+        run.close()
+    return rows
 
 
 @torch.inference_mode()
@@ -230,36 +267,28 @@ def main(
         out: write the figures as JSON.
     """
     torch.set_num_threads(threads)
-    keep_freed_memory()
     images = np.stack([frame.image for frame in open_video(video or demo.clip()).part(0, frames)])
     images = resize_bilinear(images, SIZE)
     record = {"machine": machine(threads), "size": SIZE, "frames": frames, "models": {}}
     console = Console(width=140)
     for name in model:
-        ways = {way: Way(way, name) for way in (PUBLISHED, FLOAT32, BFLOAT16)}
-        for _ in range(rounds):
-            for way in ways.values():
-                way.run(images)
-        rows = {way: _row(*found.best, frames) for way, found in ways.items()}
+        rows = rows_of(name, images, rounds, threads)
         record["models"][name] = {**rows, "bfloat16 deviates": deviation(name, images[:4])}
         console.print(_table(name, rows), record["models"][name]["bfloat16 deviates"])
     if out:
         out.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _row(wall: float, cpu: float, stages: dict[str, float], frames: int) -> dict:
-    return {"seconds per frame": wall / frames, "CPU seconds per frame": cpu / frames, "shares": {k: s / wall for k, s in stages.items()}}
-
-
 def _table(name: str, rows: dict[str, dict]) -> Table:
     table = Table(title=f"{name}: seconds per frame")
     stages = list(rows[PUBLISHED]["shares"])
-    for column in ("way", "seconds", "ratio", "CPU ratio", *stages):
+    for column in ("way", "seconds", "ratio", "CPU ratio", "MB", *stages):
         table.add_column(column, justify="left" if column == "way" else "right")
     base = rows[PUBLISHED]
     for way, row in rows.items():
         ratios = [f"{base[key] / row[key]:.2f}x" for key in ("seconds per frame", "CPU seconds per frame")]
-        table.add_row(way, f"{row['seconds per frame']:.3f}", *ratios, *(f"{100 * row['shares'].get(stage, 0):.0f} %" for stage in stages))
+        shares = (f"{100 * row['shares'].get(stage, 0):.0f} %" for stage in stages)
+        table.add_row(way, f"{row['seconds per frame']:.3f}", *ratios, f"{row['peak memory, MB']:.0f}", *shares)
     return table
 
 

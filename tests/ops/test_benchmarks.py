@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import harness, sweep, timing
+from benchmarks.apart import Apart
 
 
 def case() -> harness.Case:
@@ -48,3 +49,21 @@ def test_sweep_tells_losses(monkeypatch, capsys):
     monkeypatch.setattr(sweep, "DRAWS", {"op": lambda draw: sweep.Problem("tiny", slow, (quick,))})
     assert not sweep.sweep("op", 2, 0, 1e-3, 5)
     assert "2 of 2 slower" in capsys.readouterr().out
+
+
+def test_ways_apart_keep_their_state_and_raise_here():
+    run = Apart(Counter, {1: "one"}, threads=1, keep_freed=False)
+    assert run(1) == ("one", 1, 1) and run(1) == ("one", 2, 1)
+    with pytest.raises(KeyError):
+        run(2)
+    assert run.peak_memory() > 50e6
+    run.close()
+
+
+class Counter:
+    def __init__(self, names: dict[int, str]) -> None:
+        self.names, self.calls = names, 0
+
+    def __call__(self, key: int) -> tuple[str, int, int]:
+        self.calls += 1
+        return self.names[key], self.calls, torch.get_num_threads()
