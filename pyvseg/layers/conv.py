@@ -21,7 +21,7 @@ def fast_conv(conv: nn.Conv2d) -> nn.Module:
 
     Takes a fast way on the CPU when `conv` has no groups and no gradient is asked for: our float32 kernel for 3x3, stride,
     padding and dilation 1, where the size makes it pay, else oneDNN with the weight packed. `conv` itself serves everything
-    else. The weight is transformed at the first such call: see `layers.packed.Packed`.
+    else. The weight is transformed at the first such call, for oneDNN at the first of each size: see `layers.packed.Packed`.
     """
     return _FastConv(conv)
 
@@ -43,9 +43,7 @@ class _FastConv(Packed):
         self, x: Tensor, *, relu_input: bool = False, residual: Tensor | None = None, relu: bool = False, gelu: bool = False
     ) -> Tensor:
         way = self._way(x)
-        if self.packed is None or self.packed[0] != way:
-            self.packed = way, self._prepare(way, x)
-        prepared = self.packed[1]
+        prepared = self.prepared((way, x.shape if way == "packed" else None), lambda: self._prepare(way, x))
         if way == "winograd":
             bias, residual = (t if t is None else t.float() for t in (self.conv.bias, residual))
             y = conv3x3(x.float(), prepared, bias, relu_input=relu_input, residual=residual)
@@ -64,7 +62,9 @@ class _FastConv(Packed):
             return _tap_weight(self.conv.weight)
         if way == "winograd":
             return conv3x3_weight(self.conv.weight)
-        return pack_conv(self.conv, x.shape) if way == "packed" else None
+        if way == "packed":
+            return pack_conv(self.conv, x.shape, [packed for (way, _), packed in self.packed.items() if way == "packed"])
+        return None
 
     def _way(self, x: Tensor) -> str | None:
         """"winograd", "taps", "packed", or None for the convolution itself. Measured on two cores with AVX-512."""

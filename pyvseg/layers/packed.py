@@ -3,28 +3,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Packed(nn.Module):
-    """A module that makes `packed` of its weights at the first call. Change them afterwards only by `load_state_dict`, `to` or the like."""
+    """A module that makes other forms of its weights when it first needs them, and keeps the last few. Change the weights
+    afterwards only by `load_state_dict`, `to` or the like."""
+
+    KEPT = 4
 
     def __init__(self) -> None:
         super().__init__()
-        self.packed = None
+        self.packed: dict[Hashable, object] = {}
+
+    def prepared(self, key: Hashable, make: Callable[[], object]) -> object:
+        """What `make()` gave when this key came first."""
+        if key not in self.packed:
+            made = make()
+            while len(self.packed) >= self.KEPT:
+                del self.packed[next(iter(self.packed))]
+            self.packed[key] = made
+        return self.packed[key]
 
     def _apply(self, *args, **kwargs) -> nn.Module:
-        self.packed = None
+        self.packed = {}
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args) -> None:
-        self.packed = None
+        self.packed = {}
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "packed": None}  # oneDNN's tensors cannot be copied or pickled
+        return {**self.__dict__, "packed": {}}  # oneDNN's tensors cannot be copied or pickled
 
 
 class Linear(Packed):
@@ -41,11 +55,10 @@ class Linear(Packed):
         if not packs(x, self.weight):
             y = F.linear(x, self.weight, self.bias)
             return y.relu() if relu else y if residual is None else y + residual
-        if self.packed is None:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, x.numel() // self.in_features)
+        packed = self.prepared("linear", lambda: torch.ops.mkldnn._reorder_linear_weight(self.weight, x.numel() // self.in_features))
         if residual is not None:
-            return torch.ops.mkldnn._linear_pointwise(x.contiguous(), residual.contiguous(), self.packed, self.bias, "add")
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.packed, self.bias, "relu" if relu else "none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x.contiguous(), residual.contiguous(), packed, self.bias, "add")
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, self.bias, "relu" if relu else "none", [], "")
 
 
 def products(rows: Tensor, columns: Tensor) -> Tensor:
@@ -67,10 +80,13 @@ def packs(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def pack_conv(conv: nn.Conv2d, size: torch.Size) -> Tensor:
-    """The weight of a convolution without groups for inputs of about this size."""
+def pack_conv(conv: nn.Conv2d, size: torch.Size, others: Iterable[Tensor] = ()) -> Tensor:
+    """The weight of a convolution without groups for inputs of this size; one of `others`, packed before, where it is laid out
+    alike. For an input of another size oneDNN may lay it out anew at every call, which can take three times the convolution."""
     weight = conv.weight.contiguous().to_mkldnn()
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(weight, conv.padding, conv.stride, conv.dilation, 1, list(size))
+    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, conv.padding, conv.stride, conv.dilation, 1, list(size))
+    layout = torch.ops.mkldnn._get_mkldnn_serialized_md
+    return next((other for other in others if torch.equal(layout(other), layout(packed))), packed)
 
 
 def packed_conv(conv: nn.Conv2d, packed: Tensor, x: Tensor, residual: Tensor | None, act: str = "none") -> Tensor:

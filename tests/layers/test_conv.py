@@ -7,7 +7,7 @@ from torch import nn
 
 import pyvseg.ops as ops
 from pyvseg.layers.conv import fast_conv
-from pyvseg.layers.packed import Linear
+from pyvseg.layers.packed import Linear, pack_conv
 from pyvseg.ops._dispatch import missing
 
 needs_kernel = pytest.mark.skipif(bool(missing("conv3x3", "cpu")), reason=missing("conv3x3", "cpu"))
@@ -118,3 +118,17 @@ def test_prepared_weight_follows_the_module(outputs):
     nn.Sequential(fast).to(torch.float64).to(torch.float32)
     torch.testing.assert_close(fast(x), -2 * first, rtol=1e-5, atol=1e-5)
     assert set(fast.state_dict()) == {"conv.weight", "conv.bias"}
+
+
+def test_packed_for_each_size_of_the_last_few():
+    """oneDNN lays the weight out by the size of the input too; of equal layouts one is kept."""
+    conv, fast = pair(256, 64, kernel_size=1, padding=0)
+    exact = copy.deepcopy(conv).double()
+    for batch in (1, 2, 1, 3, 4, 5, 6):
+        x = image(batch, 256, 9, 11)
+        torch.testing.assert_close(fast(x).double(), exact(x.double()), rtol=0, atol=5e-6)
+        layout = torch.ops.mkldnn._get_mkldnn_serialized_md
+        assert torch.equal(layout(fast.packed["packed", x.shape]), layout(pack_conv(conv, x.shape)))
+        assert len(fast.packed) <= fast.KEPT
+    packed = list(fast.packed.values())
+    assert len({id(p) for p in packed}) == len({bytes(layout(p).numpy()) for p in packed})
