@@ -99,8 +99,8 @@ def _timed(network: nn.Module, jobs: list[Job], out: Path, backend: str) -> dict
 def _batch(jobs: list[Job], out: Path, recipe: Recipe, workers: int) -> dict:
     """Processes load their networks by themselves, so their time counts from the first video's beginning to the last one's end."""
     if workers == 1:
-        loaded = recipe.tracker()
-        object.__setattr__(recipe, "tracker", lambda: loaded)
+        loaded = recipe.task()
+        object.__setattr__(recipe, "task", lambda: loaded)
     report = batch(jobs, recipe, out, execute=Workers(workers) if workers > 1 else None, progress=False)
     assert not report.failed, report.failed
     return {"seconds": report.seconds, "busy": {name: round(share, 3) for name, share in report.busy.items()}}

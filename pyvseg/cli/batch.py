@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
-from pyvseg.cli.run import recipe_of
+from pyvseg.engine.recipe import Recipe
 from pyvseg.errors import PyvsegError
 
 
@@ -33,31 +32,11 @@ class Batch:
     inputs: tyro.conf.Positional[tuple[str, ...]]
     """Videos, folders of videos or images, DAVIS/YouTube-VOS folders, patterns in quotes ('a/**/*.mp4'), and .txt lists: one path in
     each line, relative to the list, and a tab and the path of its masks if you like."""
+    recipe: Recipe = field(default_factory=Recipe)
     masks: Path | None = None
     """Folder with NAME.png, NAME.json or NAME/ for the video called NAME: what to follow. For models that need masks."""
-    model: str = "pcvos_tiny"
-    """A name of `pyvseg models`."""
-    weights: Path | None = None
-    """A published checkpoint or a safetensors file; not needed where weights are bundled."""
     out: Path = Path("output")
     """Folder for the results."""
-    clip_length: int | None = None
-    """Frames segmented together: longer is faster, shorter follows fast change better. Left out: the model's own number."""
-    max_memory_frames: int | Literal["none", "default"] = "default"
-    """Frames that the memory holds; none = no bound, as published."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    device: str | None = None
-    """cpu, cuda, cuda:1; left out: CUDA where there is one."""
-    score_threshold: float = 0.3
-    """Instance segmentation: tracks of a lower score are left out of masks and overlay; results.json has all."""
-    top_k: int | None = None
-    """Instance segmentation: so many tracks at most. Left out: the model's published number."""
-    at_once: int | None = None
-    """So many videos at a time pass through the network together. Left out: 4 on a GPU, else 1."""
-    pngs: bool = True
-    """Leave out the palette PNGs; the JSON has the masks too, in one file for each video."""
-    overlay: bool = True
-    """Leave out the overlay videos."""
     workers: int = 1
     """Processes: one for each GPU, or shares of the CPU."""
     ray: str | None = None
@@ -82,10 +61,9 @@ def batch(options: Batch) -> int:
     from pyvseg.engine.batch import batch as run_batch
     from pyvseg.engine.inputs import find_inputs
 
-    options.weights = options.weights and options.weights.absolute()  # other machines may look for it
-    recipe = recipe_of(options)
+    recipe = replace(options.recipe, weights=options.recipe.weights and options.recipe.weights.absolute())  # other machines may look for it
     if not recipe.needs_masks and options.masks is not None:
-        raise PyvsegError(f"{options.model} finds the objects itself; leave --masks out")
+        raise PyvsegError(f"{recipe.model} finds the objects itself; leave --masks out")
     jobs, remarks = find_inputs(list(options.inputs), options.masks, recipe.needs_masks)
     for remark in remarks:
         print(f"pyvseg: {remark}", file=sys.stderr)

@@ -14,10 +14,11 @@ from typing import Protocol
 from tqdm import tqdm
 
 from pyvseg.engine.jobs import Job
-from pyvseg.engine.lanes import Lane, drive
+from pyvseg.engine.lanes import drive
 from pyvseg.engine.manifest import Manifest, Outcome
 from pyvseg.engine.output import UNFINISHED, Interrupted, Targets
 from pyvseg.engine.pipeline import stop_on_interrupt
+from pyvseg.engine.task import Lane, Session, Task
 from pyvseg.engine.trace import recording
 from pyvseg.errors import OutputError, PyvsegError
 
@@ -28,8 +29,8 @@ class Recipe(Protocol):
     def settings(self) -> dict:
         """What must be equal for results to belong together."""
 
-    def lanes(self, stop: Event):
-        """Loads the model; an object with `make`, `together` (see `pyvseg.engine.lanes.drive`) and `at_once`."""
+    def task(self) -> Task:
+        """Loads the model."""
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Report:
         return self.frames / self.seconds if self.seconds else 0.0
 
 
-# Runs jobs: tells of every outcome, returns busy shares. `segment_here` is one; `workers` and `cluster` have the others.
+# Runs jobs: tells of every outcome, returns busy shares. `_here` is one; `workers` and `cluster` have the others.
 Execute = Callable[[list[Job], Recipe, Path, Event, Callable[[Outcome], None]], dict[str, float]]
 
 
@@ -90,7 +91,7 @@ def batch(
         todo = _remaining(mine, manifest, report, retry_failed)
         with stop_on_interrupt() as stop, recording(keep=profile is not None) as recorder:
             try:
-                _run(todo, recipe, report, manifest, execute or segment_here, stop, progress)
+                _run(todo, recipe, report, manifest, execute or _here, stop, progress)
             finally:
                 if profile is not None:
                     recorder.save(profile)
@@ -148,21 +149,20 @@ def _kept(report: Report) -> str:
     return f"{finished} of {report.videos} videos are finished and kept, {report.videos - finished - len(report.failed) - len(report.skipped)} remain"
 
 
-def segment_here(
-    jobs: Iterable[Job], recipe: Recipe, out: Path, stop: Event, tell: Callable[[Outcome], None], ready: Callable[[int], None] = lambda at_once: None
-) -> dict[str, float]:
-    """Runs the jobs in this process; `ready` is told how many at once as soon as the model is loaded.
+def _here(jobs: list[Job], recipe: Recipe, out: Path, stop: Event, tell: Callable[[Outcome], None]) -> dict[str, float]:
+    return segment(jobs, recipe.task(), out, stop, tell)
 
-    Raises OutputError where nothing can be written: that concerns every video.
-    """
-    lanes = recipe.lanes(stop)
-    ready(lanes.at_once)
+
+def segment(jobs: Iterable[Job], task: Task, out: Path, stop: Event, tell: Callable[[Outcome], None]) -> dict[str, float]:
+    """Runs the jobs in this process; returns busy shares. Raises OutputError where nothing can be written: that concerns every video."""
+    session = Session(stop, resume=True)
     begun: dict[str, tuple[float, Lane | None]] = {}
 
     def make(job: Job) -> Lane:
-        begun[job.name] = time.perf_counter(), None
-        lane = lanes.make((job, Targets(out, out / UNFINISHED / job.name, {}, out / job.name)))
-        begun[job.name] = begun[job.name][0], lane
+        start = time.perf_counter()
+        begun[job.name] = start, None
+        lane = task.lane(session, job, Targets(out, out / UNFINISHED / job.name, {}, out / job.name))
+        begun[job.name] = start, lane
         return lane
 
     def ended(job: Job, error: Exception | None) -> None:
@@ -175,7 +175,7 @@ def segment_here(
 
     with recording() as recorder:
         recorder.restart()
-        drive(jobs, make, lanes.together, ended, at_once=lanes.at_once, stop=stop)
+        drive(jobs, make, task.together, ended, at_once=task.at_once, stop=stop)
         return recorder.shares()
 
 

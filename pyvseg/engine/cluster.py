@@ -93,22 +93,12 @@ def _segment(job: Job, recipe, out: Path, cpus: float) -> Outcome:
     """The task: one video, with the model of the task before if it is the same."""
     import torch
 
-    from pyvseg.engine.batch import segment_here
+    from pyvseg.engine.batch import segment
 
     torch.set_num_threads(max(1, int(cpus)))
     if recipe not in _loaded:
         _loaded.clear()
-        _loaded[recipe] = recipe.lanes(Event())
+        _loaded[recipe] = recipe.task()
     outcomes: list[Outcome] = []
-    segment_here([job], _Loaded(_loaded[recipe]), out, Event(), outcomes.append)
+    segment([job], _loaded[recipe], out, Event(), outcomes.append)
     return outcomes[0]
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A recipe whose model is there already."""
-
-    made: object
-
-    def lanes(self, stop: Event):
-        return self.made

@@ -22,6 +22,7 @@ class Job:
     keep: frozenset[str] | None = None  # frames that the benchmark wants; None for all
     id: int | str | None = None  # what results call the video; None: its name
     size: tuple[int, int] | None = None  # (height, width) that results must have
+    categories: tuple[int | None, ...] | None = None  # what results call the model's classes; None: their numbers
 
 
 def is_dataset(source) -> bool:

@@ -12,40 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from threading import Event
-from typing import NoReturn, Protocol, TypeVar
+from typing import NoReturn, TypeVar
 
 from pyvseg.engine.output import Interrupted
 from pyvseg.engine.pipeline import Prefetch
+from pyvseg.engine.task import Lane
 
 J = TypeVar("J")
-
-
-class Lane(Protocol):
-    """One video under way. Every method but `open` and `complete` runs in the model's thread."""
-
-    at_end: bool  # all frames have been taken
-    idle: bool  # and this turn there were none
-    done: int  # frames segmented, those of earlier runs included
-    alone: bool  # there is no room for others beside it
-    note: str  # what the user should know of the results
-
-    def open(self) -> None:
-        """Starts the decoder and the writer; ahead of time, in a thread that opens videos."""
-
-    def fill(self) -> None:
-        """Takes the next turn's frames; waits for the decoder."""
-
-    def step(self) -> None:
-        """The model's part of the turn that is not shared, and handing on its results; waits for the writer."""
-
-    def complete(self) -> bool:
-        """After the last turn, in a thread: what is left to write, then the results get their names. False after Ctrl-C."""
-
-    def suspend(self) -> str:
-        """After Ctrl-C: leaves what a later run needs to go on; says how far this one came."""
-
-    def abandon(self, error: BaseException) -> BaseException:
-        """Leaves nothing unfinished, except what an earlier run left to go on from; returns the error to raise."""
 
 
 def drive(
@@ -137,12 +110,14 @@ class _Street:
             self.held = None
             if job is None:
                 return
-            if lane is not None and self.lanes and (lane.alone or self.lanes[0][1].alone):
-                self.held = job, lane, error
-                return
             if lane is None:
                 self.ended(job, error)
                 continue
+            if self.stop.is_set():  # it may have been opened by half
+                return
+            if self.lanes and (lane.alone or self.lanes[0][1].alone):
+                self.held = job, lane, error
+                return
             self.waiting.pop(id(lane))
             self.lanes.append((job, lane))
             self._guarded(lane.fill, job, lane)
@@ -201,10 +176,4 @@ class _Street:
         errors = [lane.abandon(error) for lane in lanes]
         if isinstance(error, KeyboardInterrupt):
             raise errors[0] if len(errors) == 1 else Interrupted("stopped at once; finished videos are kept, the others start again") from None
-        raise error
-
-
-def raise_error(job, error: Exception | None) -> None:
-    """For `drive`: the first video that fails ends the run."""
-    if error is not None:
         raise error

@@ -6,16 +6,15 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pyvseg.errors import OutputError, PyvsegError
+from pyvseg.errors import OutputError, PyvsegError, VideoError
 from pyvseg.video.png import read_labels
-from pyvseg.video.types import Frame, FrameResult
 from pyvseg.video.writer import output_errors
 
 UNFINISHED = "unfinished"
@@ -86,32 +85,29 @@ class VideoOutput:
     def _note(self, next_frame: int) -> None:
         _write_json(self.targets.work / "run.json", {"settings": self.settings, "next_frame": next_frame})
 
-    def given_up(self, error: BaseException) -> BaseException:
-        """Cleans up after `error` and returns what to raise: Ctrl-C and a full disk leave complete PNGs, anything else leaves nothing."""
+    def given_up(self, error: BaseException, first: int) -> BaseException:
+        """Cleans up after `error` and returns what to raise. Complete PNGs outlive Ctrl-C and a full disk; what a run went on from
+        at frame `first` outlives all but bad input."""
         self.suspend()
         masks = self.targets.work / "masks"
-        kept = len(list(masks.glob("*.png")))
+        kept = len(list(masks.glob("*.png"))) if self.targets.folder is None else 0
+        outside = isinstance(error, (KeyboardInterrupt, OutputError))
+        if not (kept and outside) and (not first or isinstance(error, VideoError)):
+            self.clean()
         if isinstance(error, KeyboardInterrupt):
-            return Interrupted(f"stopped in {self.how_far()}; the same command with --resume goes on")
-        if isinstance(error, OutputError) and kept and self.targets.folder is None:
+            return Interrupted(f"stopped in {self.how_far(self.written)}; the same command with --resume goes on")
+        if kept and outside:
             return OutputError(f"{error}; {kept} complete masks remain in {masks}, the same command with --resume goes on")
-        self.clean()
         return error
 
-    def how_far(self) -> str:
-        return f"{self.name} after {self.written} frames (masks in {self.targets.work / 'masks'})"
+    def how_far(self, frames: int) -> str:
+        return f"{self.name} after {frames} frames (kept in {self.targets.work})"
 
-    def finished_frames(self, frames: Iterator[Frame], count: int) -> Iterator[FrameResult]:
-        """The first `count` frames of a resumed run, with the masks that the suspended run left."""
-        entered: set[int] = set()
-        for _ in range(count):
-            frame = next(frames)
-            if frame.mask is not None:
-                entered |= set(np.unique(frame.mask).tolist()) - {0}
-            labels = read_labels(self.targets.work / "masks" / f"{frame.name}.png")
-            yield FrameResult(frame.index, frame.name, frame.image, labels, tuple(sorted(entered)))
+    def written_labels(self, name: str) -> np.ndarray:
+        """What a suspended run wrote of the frame called so."""
+        return read_labels(self.targets.work / "masks" / f"{name}.png")
 
-    def write(self, result: FrameResult) -> None:
+    def write(self, result) -> None:
         for writer in self.writers:
             writer.write(result)
         self.written += 1

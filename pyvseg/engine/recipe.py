@@ -1,57 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How videos are segmented, as data: what `pyvseg run` and `pyvseg batch` make their models and lanes from."""
+"""How videos are segmented, as data: the options that `pyvseg run` and `pyvseg batch` share. Imports no network, and travels to
+other processes and machines."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Event
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pyvseg import __version__
-from pyvseg.engine.memory import fitting_clip
-from pyvseg.engine.propagate import Propagation, look_ahead
-from pyvseg.engine.run import Following, Tracker
-from pyvseg.engine.run_instances import Finding, InstanceNetwork, InstanceOptions
-from pyvseg.engine.run_panoptic import PanopticFinding, PanopticNetwork, PanopticOptions
 from pyvseg.errors import PyvsegError
-from pyvseg.models import zoo
-from pyvseg.models.vos import DEFAULT_MEMORY_FRAMES, VOSState
+
+if TYPE_CHECKING:
+    from pyvseg.engine.task import Task
+
+
+@dataclass(frozen=True)
+class Results:
+    """Which results are wanted."""
+
+    overlay: bool = True
+    """Leave out the overlay videos."""
+    pngs: bool = True
+    """Leave out the palette PNGs; the JSON has the masks too. Without them, a stopped video starts again where masks are given;
+    in instance segmentation, without the overlay too, every video is read only once."""
+    step_pngs: bool = False
+    """Panoptic segmentation: PNGs in the form of KITTI-STEP too."""
+    score_threshold: float = 0.3
+    """Instance segmentation: tracks of a lower score are left out of masks and overlay; results.json has all."""
+    top_k: int | None = None
+    """Instance segmentation: so many tracks at most. Left out: the model's published number."""
+    compat: bool = True
+    """Instance segmentation: each object only once, with its likeliest class; as published it makes a track for each likely one."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that results depend on besides videos and masks; small enough to send to other processes and machines.
-
-    model, weights, device, precision       see `zoo.load`
-    clip_length, max_memory_frames          of models that follow given masks (the first also of panoptic ones);
-                                            None: the model's own number, no bound
-    score_threshold, top, compat            of models that find their objects, see `InstanceOptions`
-    pngs, overlay                           whether to write palette PNGs and overlay videos
-    step_pngs                               of panoptic models, see `PanopticOptions`
-    at_once                                 videos that pass through the network together; None: 4 on a GPU, else 1
-
-    Raises PyvsegError for numbers that cannot be and for files that are not there.
-    """
+    """All that results depend on besides videos and masks."""
 
     model: str = "pcvos_tiny"
-    weights: str | None = None
+    """A name of `pyvseg models`."""
+    weights: Path | None = None
+    """A published checkpoint or a safetensors file; not needed where weights are bundled."""
     device: str | None = None
+    """cpu, cuda, cuda:1; left out: CUDA where there is one."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 is faster where the hardware knows it, and not exact."""
     clip_length: int | None = None
-    max_memory_frames: int | None = DEFAULT_MEMORY_FRAMES
-    score_threshold: float = 0.3
-    top: int | None = None
-    compat: bool = True
-    pngs: bool = True
-    overlay: bool = True
-    step_pngs: bool = False
+    """Frames segmented together: longer is faster, shorter follows fast change better. Left out: the model's own number."""
+    max_memory_frames: int | Literal["none"] = 16  # pyvseg.models.vos.DEFAULT_MEMORY_FRAMES
+    """Frames that the memory holds of the objects of given masks; none = no bound, as published."""
     at_once: int | None = None
+    """So many videos at a time pass through the network together. Left out: 4 on a GPU, else 1."""
+    results: Results = Results()
 
     def __post_init__(self) -> None:
-        if zoo.variant(self.model).task == "image segmentation":
+        """Raises PyvsegError for numbers that cannot be and for files that are not there."""
+        if self.task_name == "image segmentation":
             raise PyvsegError(f"{self.model} segments single images; for videos there are the video models of `pyvseg models`")
-        named = {"clip-length": self.clip_length, "max-memory-frames": self.max_memory_frames, "top-k": self.top, "at-once": self.at_once}
+        named = {"clip-length": self.clip_length, "max-memory-frames": self.memory_frames, "top-k": self.results.top_k, "at-once": self.at_once}
         for name, value in named.items():
             if value is not None and value < 1:
                 raise PyvsegError(f"--{name} {value}: must be at least 1{', or none' if name.startswith('max') else ''}")
@@ -59,64 +66,45 @@ class Recipe:
             raise PyvsegError(f"weights {self.weights}: no such file")
 
     @property
-    def needs_masks(self) -> bool:
-        return zoo.variant(self.model).task == "semi-supervised"
+    def task_name(self) -> str:
+        from pyvseg.models import zoo
+
+        return zoo.variant(self.model).task
 
     @property
-    def is_panoptic(self) -> bool:
-        return zoo.variant(self.model).task == "video panoptic segmentation"
+    def needs_masks(self) -> bool:
+        return self.task_name == "semi-supervised"
+
+    @property
+    def memory_frames(self) -> int | None:
+        return None if self.max_memory_frames == "none" else self.max_memory_frames
 
     def settings(self) -> dict:
         """What must be equal for results to belong together, by the names of the options."""
-        chosen = zoo.variant(self.model)
-        same = {"model": self.model, "weights": str(self.weights), "precision": self.precision, "pngs": self.pngs, "overlay": self.overlay, "pyvseg": __version__}
+        from pyvseg.models import zoo
+
+        given = asdict(self) | asdict(self.results) | {"weights": str(self.weights), "pyvseg": __version__}
+        names = ["model", "weights", "precision", "pngs", "overlay", "pyvseg"]
+        if self.task_name == "video instance segmentation":
+            names += ["score_threshold", "top_k", "compat"]
+        else:
+            names += ["clip_length", "max_memory_frames" if self.needs_masks else "step_pngs"]
+            given["clip_length"] = self.clip_length or zoo.variant(self.model).settings.clip_length
+        return {name: given[name] for name in names}
+
+    def task(self) -> Task:
+        """Loads the model."""
         if self.needs_masks:
-            return same | {"clip_length": self.clip_length or chosen.settings.clip_length, "max_memory_frames": self.max_memory_frames}
-        if self.is_panoptic:
-            return same | {"clip_length": self.clip_length or chosen.settings.clip_length, "step_pngs": self.step_pngs}
-        return same | {"score_threshold": self.score_threshold, "top_k": self.top, "compat": self.compat}
+            from pyvseg.engine.tasks.following import Following as Chosen
+        elif self.task_name == "video instance segmentation":
+            from pyvseg.engine.tasks.instances import Instances as Chosen
+        else:
+            from pyvseg.engine.tasks.panoptic import Panoptic as Chosen
+        return Chosen.of(self)
 
-    def tracker(self) -> Tracker:
-        """The model of a run that follows given masks."""
-        model = zoo.load(self.model, weights=self.weights, device=self.device, precision=self.precision)
-        length = self.clip_length or model.settings.clip_length
+    def network(self):
+        """The model's network, loaded, and how many videos it takes at once."""
+        from pyvseg.models import zoo
 
-        def propagation(saved: Path | None) -> Propagation:
-            state = VOSState.load(saved, model.device) if saved else None
-            return Propagation(model, clip_length=length, max_memory_frames=self.max_memory_frames, state=state)
-
-        settings = {
-            "model": self.model, "weights": str(self.weights), "clip_length": length, "max_memory_frames": self.max_memory_frames,
-            "precision": self.precision, "device": str(model.device), "pyvseg": __version__,
-        }  # fmt: skip
-        fit = lambda video, objects: fitting_clip(model, video, length, objects, self.max_memory_frames or 0)  # noqa: E731
-        return Tracker(propagation, settings, length, fit, look_ahead)
-
-    def instances(self) -> tuple[InstanceNetwork, InstanceOptions]:
-        """The model of a run that finds its objects."""
         network = zoo.load(self.model, weights=self.weights, device=self.device, precision=self.precision)
-        settings = {"weights": str(self.weights), "precision": self.precision, "device": str(network.device), "pyvseg": __version__}
-        options = InstanceOptions(self.score_threshold, self.top, self.compat, self.pngs, self.overlay, self._at_once(network.device.type))
-        return InstanceNetwork(network, self.model, zoo.variant(self.model).classes, settings), options
-
-    def panoptic(self) -> tuple[PanopticNetwork, PanopticOptions]:
-        """The model of a run that segments all there is."""
-        network = zoo.load(self.model, weights=self.weights, device=self.device, precision=self.precision)
-        network.settings = replace(network.settings, clip_length=self.clip_length or network.settings.clip_length)
-        settings = {
-            "weights": str(self.weights), "clip_length": network.settings.clip_length, "precision": self.precision,
-            "device": str(network.device), "pyvseg": __version__,
-        }  # fmt: skip
-        return PanopticNetwork(network, self.model, zoo.variant(self.model).classes, settings), PanopticOptions(self.overlay, self.step_pngs)
-
-    def _at_once(self, device: str) -> int:
-        return self.at_once or (4 if device == "cuda" else 1)
-
-    def lanes(self, stop: Event) -> Following | Finding | PanopticFinding:
-        """For a batch: loads the model; makes lanes that go on with what Ctrl-C suspended."""
-        if self.needs_masks:
-            tracker = self.tracker()
-            return Following(tracker, stop, True, self.overlay, self.pngs, at_once=self._at_once(tracker.settings.get("device", "cpu").partition(":")[0]))
-        if self.is_panoptic:
-            return PanopticFinding(*self.panoptic(), stop, True)
-        return Finding(*self.instances(), stop, True)
+        return network, self.at_once or (4 if network.device.type == "cuda" else 1)

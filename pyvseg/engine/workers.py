@@ -140,7 +140,7 @@ def _serve(pipe: Connection, recipe, out: Path, number: int, count: int) -> None
     import torch
 
     from pyvseg.engine.allocator import keep_freed_memory
-    from pyvseg.engine.batch import segment_here
+    from pyvseg.engine.batch import segment
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to stop
     keep_freed_memory()
@@ -149,10 +149,10 @@ def _serve(pipe: Connection, recipe, out: Path, number: int, count: int) -> None
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
     stop = Event()
     try:
+        task = recipe.task()
         # Under way, being finished, and one more, opened ahead: with less, the lanes would wait for a video while the parent waits for them.
-        ready = lambda at_once: pipe.send(("ready", 2 * at_once + 1))  # noqa: E731
-        busy = segment_here(_jobs(pipe, stop), recipe, out, stop, lambda outcome: pipe.send(("ended", outcome)), ready)
-        pipe.send(("busy", busy))
+        pipe.send(("ready", 2 * task.at_once + 1))
+        pipe.send(("busy", segment(_jobs(pipe, stop), task, out, stop, lambda outcome: pipe.send(("ended", outcome)))))
     except KeyboardInterrupt:
         pipe.send(("busy", {}))
     except PyvsegError as error:

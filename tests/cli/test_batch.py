@@ -25,7 +25,7 @@ def archive(tmp_path, monkeypatch):
     for name in ("a", "b", "c", "frames"):
         write_labels(tmp_path / "masks" / f"{name}.png", square())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Recipe, "tracker", lambda self: standin(self.clip_length or 5))
+    monkeypatch.setattr(Recipe, "task", lambda self: standin(self.clip_length or 5, results=self.results))
     return tmp_path
 
 

@@ -22,7 +22,7 @@ def clip(tmp_path, monkeypatch):
     write_video(tmp_path / "clip.mp4", images(23))
     write_labels(tmp_path / "first.png", square())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Recipe, "tracker", lambda self: standin(self.clip_length or 5))
+    monkeypatch.setattr(Recipe, "task", lambda self: standin(self.clip_length or 5, results=self.results))
     return tmp_path
 
 
@@ -120,6 +120,12 @@ def test_bad_options(tmp_path, monkeypatch, capsys, arguments, message):
     assert not (tmp_path / "output").exists()
 
 
+def test_the_commands_bound_memory_as_the_models_do():
+    from pyvseg.models.vos import DEFAULT_MEMORY_FRAMES
+
+    assert Recipe().max_memory_frames == DEFAULT_MEMORY_FRAMES
+
+
 def test_demo_without_its_clip(monkeypatch, capsys):
     import importlib.metadata
 
@@ -149,7 +155,7 @@ import sys
 from pyvseg.engine.recipe import Recipe
 from pyvseg.cli.main import main
 from tests.engine.standin import standin
-Recipe.tracker = lambda self: standin(self.clip_length or 5, delay=0.05)
+Recipe.task = lambda self: standin(self.clip_length or 5, delay=0.05)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyvseg.engine.run import Following, Tracker
+from pyvseg.engine.tasks.following import Following
 from pyvseg.video.types import Frame, FrameResult
 
 
@@ -55,11 +55,11 @@ class Shifting:
         return results
 
 
-def standin(clip_length: int = 5, delay: float = 0.0) -> Tracker:
+def standin(clip_length: int = 5, delay: float = 0.0, **options) -> Following:
     def propagation(saved: Path | None) -> Shifting:
         return Shifting(State.load(saved) if saved else State(), clip_length, delay)
 
-    return Tracker(propagation, {"model": "standin", "clip_length": clip_length}, clip_length)
+    return Following(propagation, {"model": "standin", "clip_length": clip_length}, clip_length, **options)
 
 
 @dataclass(frozen=True)
@@ -73,5 +73,5 @@ class StandinRecipe:
     def settings(self) -> dict:
         return {"model": "standin", "clip_length": self.clip_length}
 
-    def lanes(self, stop) -> Following:
-        return Following(standin(self.clip_length, self.delay), stop, resume=True, at_once=self.at_once)
+    def task(self) -> Following:
+        return standin(self.clip_length, self.delay, at_once=self.at_once)

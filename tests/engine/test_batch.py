@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from pyvseg.engine import memory
-from pyvseg.engine import run as engine
 from pyvseg.engine.batch import batch
 from pyvseg.engine.jobs import Job
-from pyvseg.engine.lanes import drive, raise_error
+from pyvseg.engine.lanes import drive
 from pyvseg.engine.output import Interrupted
+from pyvseg.engine.tasks import following as engine
 from pyvseg.errors import OutputError, PyvsegError, VideoError
 from pyvseg.models import zoo
 from pyvseg.models.stcn import STCN
@@ -164,15 +164,15 @@ def test_killed_at_any_moment(clips, tmp_path, undisturbed, begin):
 
 
 def test_interrupted_goes_on(clips, tmp_path, undisturbed, monkeypatch):
-    step, seen = engine.Following.Lane.step, []
+    step, seen = engine.FollowingLane.step, []
 
     def stepping(lane):
-        seen.append(lane.output.name)
+        seen.append(lane.name)
         if len(seen) == 4:
             signal.raise_signal(signal.SIGINT)
         step(lane)
 
-    monkeypatch.setattr(engine.Following.Lane, "step", stepping)
+    monkeypatch.setattr(engine.FollowingLane, "step", stepping)
     with pytest.raises(Interrupted, match="1 of 6 videos are finished and kept, 5 remain, the same command goes on"):
         go(clips, tmp_path / "out")
     report = go(clips, tmp_path / "out")
@@ -304,10 +304,8 @@ def test_clips_that_do_not_fit_are_shortened(clips, tmp_path, undisturbed):
     """The stand-in's masks move once in each clip, so the clip length shows."""
 
     class Recipe(StandinRecipe):
-        def lanes(self, stop):
-            lanes = super().lanes(stop)
-            lanes.tracker = replace(lanes.tracker, fit=lambda video, objects: 3 if video.name == "b" else 5)
-            return lanes
+        def task(self):
+            return replace(super().task(), fit=lambda video, objects: 3 if video.name == "b" else 5)
 
     report = go(clips, tmp_path / "out", Recipe())
     assert [remark.split(": ")[1] for remark in report.remarks] == ["clip length 3 in place of 5, which would not fit into memory"]
@@ -355,6 +353,7 @@ class Alone:
 
 
 def test_a_video_that_has_to_be_alone():
-    turns = []
-    drive("abCdE", lambda name: Alone(name, name.isupper(), turns), lambda lanes: turns.append("".join(lane.name for lane in lanes)), raise_error, at_once=3, stop=threading.Event())
-    assert set(turns) == {"ab", "C", "d", "E"}
+    turns, errors = [], []
+    together = lambda lanes: turns.append("".join(lane.name for lane in lanes))  # noqa: E731
+    drive("abCdE", lambda name: Alone(name, name.isupper(), turns), together, lambda name, error: errors.append(error), at_once=3, stop=threading.Event())
+    assert set(turns) == {"ab", "C", "d", "E"} and errors == [None] * 5

@@ -13,7 +13,9 @@ CODE = """
 import sys
 from dataclasses import replace
 import numpy as np, torch
-from pyvseg.engine.run_instances import InstanceNetwork, InstanceOptions, run_instances
+from pyvseg.engine.recipe import Results
+from pyvseg.engine.run import run
+from pyvseg.engine.tasks.instances import Instances
 from pyvseg.layers.inference import for_inference
 from pyvseg.models import zoo
 from tests.engine.conftest import SIZES, VIDEO
@@ -27,10 +29,8 @@ for name in ("minvis_r50_ytvis21", "ctvis_r50_ovis", "genvis_r50_ytvis19_online"
     network = for_inference(zoo.SYSTEMS[chosen.system].network(settings).eval(), torch.float32)
     for count in (100, 1000):
         frames = (NOISE[:, t % 160 : t % 160 + 160] for t in range(count))
-        run_instances(
-            InstanceNetwork(network, name), frames, InstanceOptions(top=4, pngs=False, overlay=False),
-            out=f"{sys.argv[1]}/{name}-{count}", progress=False,
-        )
+        task = Instances(network, name, results=Results(top_k=4, pngs=False, overlay=False))
+        run(task, frames, out=f"{sys.argv[1]}/{name}-{count}", progress=False)
         print(name, count, next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))  # peak so far, KiB
 """
 

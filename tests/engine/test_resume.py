@@ -9,7 +9,8 @@ import torch
 
 from pyvseg.engine.output import Interrupted
 from pyvseg.engine.propagate import Propagation
-from pyvseg.engine.run import Tracker, run
+from pyvseg.engine.run import run
+from pyvseg.engine.tasks.following import Following
 from pyvseg.models import zoo
 from pyvseg.models.stcn import STCN
 from pyvseg.models.vos import VOSState
@@ -32,13 +33,13 @@ def test_resumed_equals_undisturbed(tmp_path, network, at):
         state = VOSState.load(saved) if saved else None
         return Propagation(network, clip_length=3, max_memory_frames=3, state=state)
 
-    tracker = Tracker(propagation, {"clip_length": 3}, 3)
-    run(tracker, video, masks, out=tmp_path / "whole", progress=False)
+    task = Following(propagation, {"clip_length": 3}, 3)
+    run(task, video, masks, out=tmp_path / "whole", progress=False)
     for n, index in enumerate(at):
         with pytest.raises(Interrupted):
-            run(interrupt_at(index, tracker), video, masks, out=tmp_path / "out", resume=n > 0, progress=False)
+            run(interrupt_at(index, task), video, masks, out=tmp_path / "out", resume=n > 0, progress=False)
         assert list((tmp_path / "out" / "unfinished").glob("state-*.safetensors"))
-    summary = run(tracker, video, masks, out=tmp_path / "out", resume=True, progress=False)
+    summary = run(task, video, masks, out=tmp_path / "out", resume=True, progress=False)
     assert 0 < summary.frames < 18
     whole, resumed = labels(tmp_path / "whole" / "masks"), labels(tmp_path / "out" / "masks")
     assert any(m.any() for m in list(whole.values())[10:])  # the network says something

@@ -14,12 +14,16 @@ import numpy as np
 import pytest
 
 from pyvseg.engine.output import Interrupted
+from pyvseg.engine.recipe import Results
 from pyvseg.engine.run import run
+from pyvseg.engine.tasks.following import Following
 from pyvseg.errors import OutputError, PyvsegError, VideoError
 from pyvseg.video import open_video, png, read_labels, write_labels
 from tests.conftest import ROOT
 from tests.engine.standin import standin
 from tests.video.clips import images, square, write_images, write_video
+
+WITHOUT_OVERLAY = standin(results=Results(overlay=False))
 
 
 @pytest.fixture
@@ -27,8 +31,8 @@ def video(tmp_path):
     return write_video(tmp_path / "clip.mp4", images(23))
 
 
-def follow(video, out, masks=None, tracker=None, **options):
-    return run(tracker or standin(), video, {0: square()} if masks is None else masks, out=out, progress=False, **options)
+def follow(video, out, masks=None, task=None, **options):
+    return run(task or standin(), video, {0: square()} if masks is None else masks, out=out, progress=False, **options)
 
 
 def labels(folder: Path) -> dict[str, np.ndarray]:
@@ -44,7 +48,7 @@ def test_one_video(tmp_path, video):
     masks = labels(tmp_path / "out" / "masks")
     assert list(masks) == [f"{t:05d}" for t in range(23)]
     assert all(np.array_equal(masks[f"{t:05d}"], np.roll(square(), (t + 4) // 5, 1)) for t in range(23))
-    assert (summary.frames, summary.targets[0].files["masks"]) == (23, tmp_path / "out" / "masks") and summary.fps > 0
+    assert (summary.frames, summary.written[1]) == (23, ("palette PNGs", str(tmp_path / "out" / "masks"))) and summary.fps > 0
     (entry,) = json.loads((tmp_path / "out" / "masks.json").read_text())
     assert entry["video_id"] == "clip" and len(entry["segmentations"]) == 23
     with av.open(str(tmp_path / "out" / "overlay.mp4")) as container:
@@ -55,7 +59,7 @@ def test_one_video(tmp_path, video):
 def test_folder_and_arrays_give_the_same_masks(tmp_path):
     frames = images(12)
     for name, source in (("a", write_images(tmp_path / "clip", frames)), ("b", frames), ("c", iter(frames))):
-        follow(source, tmp_path / name, overlay=False)
+        follow(source, tmp_path / name, task=WITHOUT_OVERLAY)
     a, b, c = (labels(tmp_path / name / "masks") for name in "abc")
     assert len(a) == 12 and all(np.array_equal(a[k], b[k]) and np.array_equal(a[k], c[k]) for k in a)
     assert not (tmp_path / "a" / "overlay.mp4").exists()
@@ -97,7 +101,7 @@ def test_dataset_chooses_masks(tmp_path):
     assert used == {"all": {0, 1}, "first": {0, 1}, "late": {0, 1, 3}}
     assert files(tmp_path / "out" / "overlays") == ["all.mp4", "first.mp4", "late.mp4"]
     assert files(tmp_path / "out" / "rle") == ["all.json", "first.json", "late.json"]
-    run(standin(), root, out=tmp_path / "forced", annotations="first", sequences=["late"], overlay=False, progress=False)
+    run(WITHOUT_OVERLAY, root, out=tmp_path / "forced", annotations="first", sequences=["late"], progress=False)
     assert {int(i) for m in labels(tmp_path / "forced" / "Annotations" / "late").values() for i in np.unique(m)} == {0, 1}
 
 
@@ -112,7 +116,7 @@ def test_youtube_vos_keeps_required_frames(tmp_path):
 def test_sequence_lists(tmp_path):
     root = dataset(tmp_path / "data", {"a": [0], "b": [0], "c": [0]}, frames=2)
     (tmp_path / "val.txt").write_text("a\nc\n")
-    run(standin(), root, out=tmp_path / "out", sequences=[str(tmp_path / "val.txt")], overlay=False, progress=False)
+    run(WITHOUT_OVERLAY, root, out=tmp_path / "out", sequences=[str(tmp_path / "val.txt")], progress=False)
     assert sorted(p.name for p in (tmp_path / "out" / "Annotations").iterdir()) == ["a", "c"]
     with pytest.raises(PyvsegError, match="no sequence d; there are a, b, c"):
         run(standin(), root, out=tmp_path / "x", sequences=["d"], progress=False)
@@ -122,8 +126,10 @@ def test_dataset_without_masks(tmp_path):
     root = dataset(tmp_path / "data", {"a": [0], "b": []}, frames=2)
     with pytest.raises(PyvsegError, match="'b'"):
         run(standin(), root, out=tmp_path / "out", progress=False)
-    with pytest.raises(PyvsegError, match="leave --mask and --frames out"):
+    with pytest.raises(PyvsegError, match="leave --mask out"):
         run(standin(), root, {0: square()}, out=tmp_path / "out", progress=False)
+    with pytest.raises(PyvsegError, match="holds several videos"):
+        run(standin(), dataset(tmp_path / "whole", {"a": [0]}, frames=2), out=tmp_path / "out", frames=(0, 1), progress=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -162,8 +168,6 @@ def test_labels_missing(tmp_path, video):
 
 
 def test_failing_model_leaves_nothing(tmp_path, video):
-    tracker = standin()
-
     class Broken:
         def step(self, frame):
             if frame.index == 9:
@@ -171,7 +175,7 @@ def test_failing_model_leaves_nothing(tmp_path, video):
             return []
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        follow(video, tmp_path / "out", tracker=type(tracker)(lambda saved: Broken(), {}))
+        follow(video, tmp_path / "out", task=Following(lambda saved: Broken(), {}))
     assert not (tmp_path / "out").exists()
 
 
@@ -251,11 +255,11 @@ except OutputError as error:
     assert not [f for f in files(tmp_path / "out") if f.endswith((".mp4", ".part"))]
 
 
-def interrupt_at(index: int, tracker):
-    """The tracker, with Ctrl-C pressed when it is given frame `index`."""
+def interrupt_at(index: int, task):
+    """The task, with Ctrl-C pressed when it is given frame `index`."""
 
     def propagation(saved):
-        inner = tracker.propagation(saved)
+        inner = task.propagation(saved)
         step = inner.step
 
         def stepping(frame):
@@ -266,7 +270,7 @@ def interrupt_at(index: int, tracker):
         inner.step = stepping
         return inner
 
-    return replace(tracker, propagation=propagation)
+    return replace(task, propagation=propagation)
 
 
 @pytest.mark.parametrize("at", [(1,), (8,), (8, 17), (8, 12, 15)])
@@ -281,8 +285,8 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path, video, at):
         assert max(index - 5, 0) < len(left) < 23 and not (tmp_path / "out" / "masks").exists()
         assert [p.name for p in unfinished.glob("*") if p.suffix == ".mp4"] == []
     counts = []
-    tracker = standin()
-    counted = type(tracker)(lambda saved: counts.append(saved) or tracker.propagation(saved), tracker.settings)
+    task = standin()
+    counted = replace(task, propagation=lambda saved: counts.append(saved) or task.propagation(saved))
     summary = follow(video, tmp_path / "out", masks, counted, resume=True)
     assert counts[0] is not None and summary.frames == 23 - len(left)  # went on from the saved state
     a, b = labels(tmp_path / "whole" / "masks"), labels(tmp_path / "out" / "masks")
@@ -293,12 +297,34 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path, video, at):
     assert files(tmp_path / "whole") == files(tmp_path / "out")
 
 
+def test_interrupted_while_finished_frames_pass_by(tmp_path, video, monkeypatch):
+    """A resumed run reads again what it has written; Ctrl-C there changes nothing."""
+    follow(video, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        follow(video, tmp_path / "out", task=interrupt_at(17, standin()))
+    again = Following.lane
+
+    def interrupting(*given):
+        lane = again(*given)
+        whole = lane.again
+        lane.again = lambda frame: whole(frame) if frame.index != 3 else lane.session.stop.set()
+        return lane
+
+    monkeypatch.setattr(Following, "lane", interrupting)
+    with pytest.raises(Interrupted, match="between two videos"):
+        follow(video, tmp_path / "out", resume=True)
+    monkeypatch.setattr(Following, "lane", again)
+    assert 0 < follow(video, tmp_path / "out", resume=True).frames < 10
+    a, b = labels(tmp_path / "whole" / "masks"), labels(tmp_path / "out" / "masks")
+    assert list(a) == list(b) and all(np.array_equal(a[k], b[k]) for k in a)
+
+
 def test_resume_refuses_other_settings(tmp_path, video):
     with pytest.raises(Interrupted):
-        follow(video, tmp_path / "out", tracker=interrupt_at(8, standin()))
+        follow(video, tmp_path / "out", task=interrupt_at(8, standin()))
     before = files(tmp_path / "out")
     with pytest.raises(OutputError, match="clip_length was 5 and is now 7"):
-        follow(video, tmp_path / "out", tracker=standin(7), resume=True)
+        follow(video, tmp_path / "out", task=standin(7), resume=True)
     assert files(tmp_path / "out") == before
 
 
@@ -314,14 +340,14 @@ def test_resume_of_a_killed_run_starts_again(tmp_path, video):
 def test_resume_of_a_dataset_skips_what_is_finished(tmp_path):
     root = dataset(tmp_path / "data", {"a": [0], "b": [0]}, frames=12)
     calls = []
-    tracker = interrupt_at(6, standin())
+    task = interrupt_at(6, standin())
 
     def second_only(saved):
         calls.append(saved)
-        return (standin() if len(calls) == 1 else tracker).propagation(saved)
+        return (standin() if len(calls) == 1 else task).propagation(saved)
 
     with pytest.raises(Interrupted):
-        run(type(tracker)(second_only, tracker.settings), root, out=tmp_path / "out", progress=False)
+        run(replace(task, propagation=second_only), root, out=tmp_path / "out", progress=False)
     assert [p.name for p in (tmp_path / "out" / "Annotations").iterdir()] == ["a"]
     summary = run(standin(), root, out=tmp_path / "out", resume=True, progress=False)
     assert summary.frames < 12 and len(labels(tmp_path / "out" / "Annotations" / "b")) == 12

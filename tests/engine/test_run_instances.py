@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from pyvseg.engine import memory
-from pyvseg.engine import run_instances as engine
 from pyvseg.engine.instances import InstanceSegmentation, advance, segment
 from pyvseg.engine.output import Interrupted
-from pyvseg.engine.run_instances import InstanceNetwork, InstanceOptions, run_instances
+from pyvseg.engine.recipe import Results
+from pyvseg.engine.run import run
+from pyvseg.engine.tasks import instances as engine
+from pyvseg.engine.tasks.instances import Instances
 from pyvseg.engine.types import Frame
 from pyvseg.errors import OutputError, PyvsegError, VideoError
 from pyvseg.models import zoo
@@ -32,7 +34,7 @@ LENGTHS = {"a": 7, "b": 3, "c": 11}
 @pytest.fixture
 def ready(small):
     def make(name):
-        return InstanceNetwork(zoo.load(name, weights=small(name)), name, zoo.variant(name).classes, {"weights": "small"})
+        return Instances(zoo.load(name, weights=small(name)), name, zoo.variant(name).classes, {"weights": "small"})
 
     return make
 
@@ -49,8 +51,9 @@ def _folders(tmp_path):
     (tmp_path / "clips").mkdir()
 
 
-def go(model, source, out, *, at_once=2, resume=False, **options):
-    return run_instances(model, source, InstanceOptions(score_threshold=0, top=6, at_once=at_once, **options), out=out, resume=resume, progress=False)
+def go(task, source, out, *, at_once=2, resume=False, **wanted):
+    task = replace(task, at_once=at_once, results=Results(score_threshold=0, top_k=6, **wanted))
+    return run(task, source, out=out, resume=resume, progress=False)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -61,7 +64,7 @@ def test_a_folder_of_videos(tmp_path, clips, ready):
     model = ready("ctvis_r50_ovis")
     summary = go(model, clips, tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert (summary.videos, summary.frames, summary.tracks, len(results)) == (3, 21, 18, 18)
+    assert (summary.videos, summary.frames, summary.found["tracks"], len(results)) == (3, 21, 18, 18)
     for name, count in LENGTHS.items():
         entries = [r for r in results if r["video_id"] == name]
         assert len(entries) == 6 and all(len(r["segmentations"]) == count for r in entries)
@@ -199,7 +202,7 @@ def test_resume_refuses_other_settings_and_damaged_states(tmp_path, clips, ready
         go(model, clips / "c.mp4", tmp_path / "out")
     before = files(tmp_path / "out")
     with pytest.raises(OutputError, match="score_threshold was 0 and is now 0.3"):
-        run_instances(model, clips / "c.mp4", out=tmp_path / "out", resume=True, progress=False)
+        run(model, clips / "c.mp4", out=tmp_path / "out", resume=True, progress=False)
     with pytest.raises(OutputError, match="unfinished run.*--resume"):
         go(model, clips / "c.mp4", tmp_path / "out")
     assert files(tmp_path / "out") == before

@@ -3,6 +3,7 @@
 
 import json
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from pyvseg.api import PanopticModel
 from pyvseg.datasets.coco_panoptic import PanopticVideos
 from pyvseg.engine.output import Interrupted
 from pyvseg.engine.panoptic import PanopticSegmentation
-from pyvseg.engine.run_panoptic import PanopticNetwork, PanopticOptions, run_panoptic
+from pyvseg.engine.recipe import Results
+from pyvseg.engine.run import run
+from pyvseg.engine.tasks.panoptic import Panoptic
 from pyvseg.errors import PyvsegError, VideoError
 from pyvseg.layers.inference import for_inference
 from pyvseg.video.panoptic import read_ids, read_step
@@ -25,7 +28,7 @@ NAMES = ("cat", "dog", "bird", "sky", "road", "wall")
 
 @pytest.fixture(scope="module")
 def model():
-    return PanopticNetwork(for_inference(video_model(2), torch.float32), "small", NAMES, {"weights": "random"})
+    return Panoptic(for_inference(video_model(2), torch.float32), "small", NAMES, {"weights": "random"})
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def files(folder):
 
 
 def test_a_folder_of_videos_in_vipsegs_layout(tmp_path, clips, model):
-    summary = run_panoptic(model, clips, PanopticOptions(step=True), out=tmp_path / "out", progress=False)
+    summary = run(replace(model, results=Results(step_pngs=True)), clips, out=tmp_path / "out", progress=False)
     assert summary.frames == 9 and summary.videos == 2
     found = PanopticVideos(tmp_path / "out" / "pred.json", tmp_path / "out" / "pan_pred")
     assert found.videos() == ["a", "b"] and [found.categories[i].name for i in range(6)] == list(NAMES)
@@ -60,7 +63,7 @@ def test_a_folder_of_videos_in_vipsegs_layout(tmp_path, clips, model):
 
 def test_interrupted_and_resumed_equals_undisturbed(tmp_path, model, monkeypatch):
     write_video(tmp_path / "clip.mp4", images(9))
-    run_panoptic(model, tmp_path / "clip.mp4", out=tmp_path / "whole", progress=False)
+    run(model, tmp_path / "clip.mp4", out=tmp_path / "whole", progress=False)
     real, calls = PanopticSegmentation.step, []
 
     def step(self, frames, **last):
@@ -71,21 +74,21 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path, model, monkeypatch
 
     monkeypatch.setattr(PanopticSegmentation, "step", step)
     with pytest.raises(Interrupted, match="--resume goes on"):
-        run_panoptic(model, tmp_path / "clip.mp4", out=tmp_path / "parts", progress=False)
+        run(model, tmp_path / "clip.mp4", out=tmp_path / "parts", progress=False)
     monkeypatch.setattr(PanopticSegmentation, "step", real)
-    summary = run_panoptic(model, tmp_path / "clip.mp4", out=tmp_path / "parts", resume=True, progress=False)
+    summary = run(model, tmp_path / "clip.mp4", out=tmp_path / "parts", resume=True, progress=False)
     assert summary.frames == 5
     whole, parts = files(tmp_path / "whole"), files(tmp_path / "parts")
     assert whole.keys() == parts.keys() and all(whole[name] == parts[name] for name in whole if not name.endswith(".mp4"))
     assert open_video(tmp_path / "parts" / "overlay.mp4").frame_count == 9
-    assert run_panoptic(model, tmp_path / "clip.mp4", out=tmp_path / "parts", resume=True, progress=False).frames == 0
+    assert run(model, tmp_path / "clip.mp4", out=tmp_path / "parts", resume=True, progress=False).frames == 0
 
 
 def test_bad_input(tmp_path, model):
     write_images(tmp_path / "clip", images(3))
-    short = PanopticNetwork(model.network, "small", NAMES[:4])
+    short = Panoptic(model.network, "small", NAMES[:4])
     with pytest.raises(PyvsegError, match="small: 4 class names for a model of 6 classes"):
-        run_panoptic(short, tmp_path / "clip", out=tmp_path / "out", progress=False)
+        run(short, tmp_path / "clip", out=tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
     state = PanopticSegmentation(model.network)
     frames = list(open_video(tmp_path / "clip"))
