@@ -57,16 +57,21 @@ class Linear(Packed):
             return y.relu() if relu else y if residual is None else y + residual
         packed = self.prepared("linear", lambda: torch.ops.mkldnn._reorder_linear_weight(self.weight, x.numel() // self.in_features))
         if residual is not None:
-            return torch.ops.mkldnn._linear_pointwise(x.contiguous(), residual.contiguous(), packed, self.bias, "add")
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, self.bias, "relu" if relu else "none", [], "")
+            return _linear().binary(x.contiguous(), residual.contiguous(), packed, self.bias, "add")
+        return _linear().default(x.contiguous(), packed, self.bias, "relu" if relu else "none", [], "")
 
 
 def products(rows: Tensor, columns: Tensor) -> Tensor:
     """(B, N, C) @ (B, C, M) -> (B, N, M), fast where `columns` holds transposed rows: maps that are channels last in memory."""
     if not packs(rows, columns):
         return rows @ columns
-    results = [torch.ops.mkldnn._linear_pointwise(r.contiguous(), c.T.contiguous(), None, "none", [], "") for r, c in zip(rows, columns)]
+    results = [_linear().default(r.contiguous(), c.T.contiguous(), None, "none", [], "") for r, c in zip(rows, columns)]
     return torch.stack(results) if len(results) > 1 else results[0][None]
+
+
+def _linear():
+    """Call its overloads by name: choosing between them PyTorch reads the bias element by element, which takes a millisecond."""
+    return torch.ops.mkldnn._linear_pointwise
 
 
 def packs(x: Tensor, weight: Tensor) -> bool:
@@ -92,7 +97,7 @@ def pack_conv(conv: nn.Conv2d, size: torch.Size, others: Iterable[Tensor] = ()) 
 def packed_conv(conv: nn.Conv2d, packed: Tensor, x: Tensor, residual: Tensor | None, act: str = "none") -> Tensor:
     """conv(x) + residual, then `act`: "none", "relu" or, without a residual, "gelu"."""
     residual = residual if residual is None else residual.contiguous(memory_format=torch.channels_last)
-    geometry = conv.padding, conv.stride, conv.dilation, conv.groups
+    geometry, convolution = (conv.padding, conv.stride, conv.dilation, conv.groups), torch.ops.mkldnn._convolution_pointwise
     if residual is None:
-        return torch.ops.mkldnn._convolution_pointwise(x, packed, conv.bias, *geometry, act, [], "none" if act == "gelu" else "")
-    return torch.ops.mkldnn._convolution_pointwise(x, residual, packed, conv.bias, *geometry, "add", 1.0, None if act == "none" else act, [], None)
+        return convolution.default(x, packed, conv.bias, *geometry, act, [], "none" if act == "gelu" else "")
+    return convolution.binary(x, residual, packed, conv.bias, *geometry, "add", 1.0, None if act == "none" else act, [], None)
