@@ -232,11 +232,12 @@ def _gates_backward(grad, state, norms, grads, sums, R, C, eps, ROWS: tl.constex
 
 
 def kernel_update_backward(
-    grad: Tensor, pooled: Tensor, kernels: Tensor, parameters: list[Tensor], state: Tensor, eps: float
+    grad: Tensor, pooled: Tensor, kernels: Tensor, parameters: list[Tensor], state: Tensor, eps: float, of_parameters: bool = True
 ) -> list[Tensor]:
     R, C = kernels.shape
+    wanted = (pooled, kernels, *(parameters if of_parameters else ()))
     if not R:
-        return [torch.zeros_like(t) for t in (pooled, kernels, *parameters)]
+        return [torch.zeros_like(t) for t in wanted]
     norms, state = _norms(parameters), state.contiguous()
     grads, mixed = torch.empty_like(state), state.new_empty(R, C)
     sums = state.new_empty(triton.cdiv(R, _ROWS), 10, C)
@@ -248,7 +249,9 @@ def kernel_update_backward(
     features, of_features = parts[:, 0] * parts[:, 2], g[:, 4] @ weights[2] + g[:, 5] @ weights[3]
     g[:, 0], g[:, 2] = of_features * parts[:, 2], of_features * parts[:, 0]
     outputs = [grads[:, : 2 * C], grads[:, 2 * C : 4 * C], g[:, 4], g[:, 5], g[:, 6]]
+    results = [outputs[0] @ weights[0], outputs[1] @ weights[1]]
     inputs = [pooled, kernels.float(), features, features, mixed]
-    of_linears = [t for y, x in zip(outputs, inputs, strict=True) for t in (y.T @ x, y.sum(0))]
-    results = [outputs[0] @ weights[0], outputs[1] @ weights[1], *of_linears, *sums.sum(0).unbind()]
-    return [result.to(like.dtype) for result, like in zip(results, (pooled, kernels, *parameters), strict=True)]
+    if of_parameters:
+        results += [t for y, x in zip(outputs, inputs, strict=True) for t in (y.T @ x, y.sum(0))]
+        results += sums.sum(0).unbind()
+    return [result.to(like.dtype) for result, like in zip(results, wanted, strict=True)]

@@ -148,9 +148,11 @@ def _block(size: int, most: int) -> int:
 
 
 def kmeans_attn(
-    pixel: Tensor, clusters: Tensor, value: Tensor, scale: Tensor, bias: Tensor, want_logits: bool
+    pixel: Tensor, clusters: Tensor, value: Tensor, scale: Tensor | None, bias: Tensor | None, want_logits: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, C, M), N = pixel.shape, clusters.shape[1]
+    scale = pixel.new_ones(1, dtype=torch.float32) if scale is None else scale
+    bias = pixel.new_zeros(1, dtype=torch.float32) if bias is None else bias
     assign = pixel.new_empty(B, M, dtype=torch.int32)
     logits = pixel.new_empty((B, N, M) if want_logits else (0,))
     wide = pixel.element_size() == 4  # six products: smaller tiles, or registers do not suffice

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bidirectional softmax scores of embeddings against a memory of tracks (see pyvseg/ops/memory_match.py)."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -67,13 +69,13 @@ def _both_softmax(scores, labels, memory_labels, out, N, M, LABELS: tl.constexpr
 
 
 def memory_match(embeddings: Tensor, memory: Tensor, labels: Tensor | None, memory_labels: Tensor | None) -> Tensor:
-    B, N, C = embeddings.shape
-    M = memory.shape[1]
-    scores = embeddings.new_empty(B, N, M, dtype=torch.float32)
+    *batch, N, C = embeddings.shape
+    M = memory.shape[-2]
+    scores = embeddings.new_empty(*batch, N, M, dtype=torch.float32)
     out = torch.empty_like(scores)
     if out.numel():
         labels, memory_labels = (None if x is None else x.contiguous() for x in (labels, memory_labels))
-        grid = (triton.cdiv(N, _TILE), triton.cdiv(M, _TILE), B)
+        grid = (triton.cdiv(N, _TILE), triton.cdiv(M, _TILE), math.prod(batch))
         _products[grid](embeddings.contiguous(), memory.contiguous(), scores, N, M, C, TILE=_TILE, CHANNELS=64, num_warps=4)
         _both_softmax[grid](scores, labels, memory_labels, out, N, M, LABELS=labels is not None, TILE=_TILE, STEP=64, num_warps=4)
     return out

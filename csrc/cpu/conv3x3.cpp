@@ -56,18 +56,6 @@ constexpr int kGroup = 6;  // 12 of 16
 
 PYVSEG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-PYVSEG_INLINE vfloat load_some(const float* p, int64_t n) {
-  if (n >= kLanes) return load(p);
-  vfloat v{};
-  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
-  return v;
-}
-
-PYVSEG_INLINE void store_some(float* p, vfloat v, int64_t n) {
-  if (n >= kLanes) return store(p, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
-}
-
 constexpr float kA = 0.75f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;  // all exact
 
 PYVSEG_INLINE void forward(const vfloat d[kPatch], vfloat out[kPatch]) {

@@ -31,8 +31,7 @@ void features(const Forward& f, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const float* row = u.state + r * kParts * u.C;
     for (int64_t c = 0; c < u.C; c += kLanes)
-      store_some(f.mixed + r * u.C + c, u.C - c,
-                 load_some(row + kPooledIn * u.C + c, u.C - c) * load_some(row + kKernelIn * u.C + c, u.C - c));
+      store_some(f.mixed + r * u.C + c, load_some(row + kPooledIn * u.C + c, u.C - c) * load_some(row + kKernelIn * u.C + c, u.C - c), u.C - c);
   }
 }
 
@@ -48,7 +47,7 @@ void combine(const Forward& f, int64_t begin, int64_t end) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
           x[i] = normed<decltype(number)>(u, Norm(i), load_some(row + kGated[i] * u.C + c, u.C - c), m[i], c);
-        store_some(f.mixed + r * u.C + c, u.C - c, mix(x));
+        store_some(f.mixed + r * u.C + c, mix(x), u.C - c);
       }
     }
   });
@@ -63,7 +62,7 @@ void finish(const Forward& f, int64_t begin, int64_t end) {
         const Moments m = moments(row, u.C, u.eps);
         for (int64_t c = 0; c < u.C; c += kLanes) {
           const vfloat x = normed<decltype(number)>(u, kFcNorm, load_some(row + c, u.C - c), m, c);
-          store_some((decltype(out_number)*)f.out + r * u.C + c, u.C - c, x < 0 ? vfloat{} : x);
+          store_some((decltype(out_number)*)f.out + r * u.C + c, x < 0 ? vfloat{} : x, u.C - c);
         }
       }
     });

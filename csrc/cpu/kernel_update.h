@@ -27,20 +27,6 @@ namespace {
 
 constexpr Part kGated[] = {kUpdateGate, kPooledOut, kInputGate, kKernelOut};  // in the order of their norms
 
-// `count` elements, zeros behind.
-template <typename T>
-PYVSEG_INLINE vfloat load_some(const T* p, int64_t count) {
-  if (count >= kLanes) return load(p);
-  vfloat v{};
-  for (int64_t i = 0; i < count; ++i) v[i] = load1(p + i);
-  return v;
-}
-template <typename T>
-PYVSEG_INLINE void store_some(T* p, int64_t count, vfloat v) {
-  if (count >= kLanes) return store(p, v);
-  for (int64_t i = 0; i < count; ++i) store1(p + i, v[i]);
-}
-
 PYVSEG_INLINE vfloat sigmoid(vfloat x) {
   const vfloat e = exp_nonpositive(x < 0 ? x : -x);
   return (x < 0 ? e : splat(1.0f)) / (1.0f + e);
@@ -54,14 +40,11 @@ Moments moments(const float* row, int64_t C, float eps) {
   for (int64_t c = 0; c < C; c += kLanes) total += load_some(row + c, C - c);
   const float mean = sum(total) / C;
   vfloat squares{};
-  int64_t c = 0;
-  for (; c + kLanes <= C; c += kLanes) {
-    const vfloat d = load(row + c) - mean;
-    squares += d * d;
+  for (int64_t c = 0; c < C; c += kLanes) {
+    const vfloat d = load_some(row + c, C - c) - mean;
+    squares += d * d * (lane_index() < splat(int32_t(C - c)) ? splat(1.0f) : vfloat{});
   }
-  float square = sum(squares);
-  for (; c < C; ++c) square += (row[c] - mean) * (row[c] - mean);
-  return {mean, 1.0f / __builtin_sqrtf(square / C + eps)};
+  return {mean, 1.0f / __builtin_sqrtf(sum(squares) / C + eps)};
 }
 
 template <typename T>

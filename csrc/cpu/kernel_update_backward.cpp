@@ -43,16 +43,16 @@ void norm_backward(const Update& u, Norm norm, const float* x, Moments m, float*
     const int64_t count = u.C - c;
     const vfloat grad = load_some(dx + c, count), normal = (load_some(x + c, count) - m.mean) * m.scale;
     const vfloat scaled = grad * load_some((const T*)u.gain[norm] + c, count);
-    store_some(gain_sum + c, count, load_some(gain_sum + c, count) + grad * normal);
-    store_some(bias_sum + c, count, load_some(bias_sum + c, count) + grad);
-    store_some(dx + c, count, scaled);
+    store_some(gain_sum + c, load_some(gain_sum + c, count) + grad * normal, count);
+    store_some(bias_sum + c, load_some(bias_sum + c, count) + grad, count);
+    store_some(dx + c, scaled, count);
     total += scaled;
     along += scaled * normal;
   }
   const float mean = sum(total) / u.C, slope = sum(along) / u.C;
   for (int64_t c = 0; c < u.C; c += kLanes) {
     const vfloat normal = (load_some(x + c, u.C - c) - m.mean) * m.scale;
-    store_some(dx + c, u.C - c, m.scale * (load_some(dx + c, u.C - c) - mean - normal * slope));
+    store_some(dx + c, m.scale * (load_some(dx + c, u.C - c) - mean - normal * slope), u.C - c);
   }
 }
 
@@ -89,10 +89,10 @@ void start_rows(const Backward& b, int64_t block) {
     for (int64_t c = 0; c < u.C; c += kLanes) {
       const int64_t count = u.C - c;
       gated_at<T>(u, state, c, g);
-      store_some(b.mixed + at + c, count, mix(g.normed));
-      store_some(b.features + at + c, count, load_some(state + kPooledIn * u.C + c, count) * load_some(state + kKernelIn * u.C + c, count));
+      store_some(b.mixed + at + c, mix(g.normed), count);
+      store_some(b.features + at + c, load_some(state + kPooledIn * u.C + c, count) * load_some(state + kKernelIn * u.C + c, count), count);
       const vfloat result = normed<T>(u, kFcNorm, load_some(last + c, count), m, c);
-      store_some(grads + kLast * u.C + c, count, result <= 0 ? vfloat{} : load_some((const G*)b.grad + at + c, count));
+      store_some(grads + kLast * u.C + c, result <= 0 ? vfloat{} : load_some((const G*)b.grad + at + c, count), count);
     }
     norm_backward<T>(u, kFcNorm, last, m, grads + kLast * u.C, sums);
   });
@@ -115,8 +115,8 @@ void gates_rows(const Backward& b, int64_t block) {
 #pragma GCC unroll 2
       for (int i = 0; i < 4; i += 2) {  // a gate and what it scales
         const vfloat gate = sigmoid(g.normed[i]);
-        store_some(grads + kGated[i] * u.C + c, u.C - c, grad * g.normed[i + 1] * gate * (1.0f - gate));
-        store_some(grads + kGated[i + 1] * u.C + c, u.C - c, grad * gate);
+        store_some(grads + kGated[i] * u.C + c, grad * g.normed[i + 1] * gate * (1.0f - gate), u.C - c);
+        store_some(grads + kGated[i + 1] * u.C + c, grad * gate, u.C - c);
       }
     }
     for (int i = 0; i < 4; ++i)
@@ -133,8 +133,8 @@ void finish(const Backward& b, int64_t block) {
   each_row(b, block, [&](int64_t at, const float* state, float* grads) {
     for (int64_t c = 0; c < C; c += kLanes) {
       const vfloat grad = load_some(b.grad_features + at + c, C - c);
-      store_some(grads + kPooledIn * C + c, C - c, grad * load_some(state + kKernelIn * C + c, C - c));
-      store_some(grads + kKernelIn * C + c, C - c, grad * load_some(state + kPooledIn * C + c, C - c));
+      store_some(grads + kPooledIn * C + c, grad * load_some(state + kKernelIn * C + c, C - c), C - c);
+      store_some(grads + kKernelIn * C + c, grad * load_some(state + kPooledIn * C + c, C - c), C - c);
     }
     axpy(sums, 1.0f, grads, kParts * C);
   });
@@ -151,9 +151,10 @@ namespace {
 
 Tensor like(const Tensor& shape, std::vector<int64_t> size) { return torch::stable::new_empty(shape, size, ScalarType::Float); }
 
-// The gradients of pooled, of kernels and of every parameter, each in its tensor's dtype.
+// The gradients of pooled, of kernels and, if wanted, of every parameter, each in its tensor's dtype.
 std::vector<Tensor> kernel_update_backward(const Tensor& grad, const Tensor& pooled, const Tensor& kernel,
-                                           const std::vector<Tensor>& given, const Tensor& state, double eps) {
+                                           const std::vector<Tensor>& given, const Tensor& state, double eps,
+                                           bool of_parameters) {
   check(pooled, kernel, given);
   const int64_t R = kernel.size(0), C = kernel.size(1), width = kParts * C, blocks = (R + kBlock - 1) / kBlock;
   STD_TORCH_CHECK(grad.numel() == R * C && state.numel() == R * width && state.scalar_type() == ScalarType::Float,
@@ -162,7 +163,8 @@ std::vector<Tensor> kernel_update_backward(const Tensor& grad, const Tensor& poo
   const Tensor grad_rows = dense(grad), state_rows = dense(state);
   const Tensor pooled_rows = dense(pooled), kernel_rows = as_float(kernel);
   std::vector<Tensor> result{like(pooled, {R, C}), like(pooled, {R, C})};
-  for (const Tensor& p : parameters) result.push_back(p.dim() == 2 ? like(pooled, {p.size(0), C}) : like(pooled, {p.size(0)}));
+  if (of_parameters)
+    for (const Tensor& p : parameters) result.push_back(p.dim() == 2 ? like(pooled, {p.size(0), C}) : like(pooled, {p.size(0)}));
 
   const std::unique_ptr<float[]> scratch(new float[R * width + 4 * R * C + blocks * kSums * C]);
   float *grads = scratch.get(), *rows = grads + R * width, *sums = rows + 4 * R * C;
@@ -174,26 +176,36 @@ std::vector<Tensor> kernel_update_backward(const Tensor& grad, const Tensor& poo
     const Tensor& w = parameters[2 * i];
     return {R, w.size(0), C, grads + y * C, width, 1, w.const_data_ptr(), number_of(w), C, 1, nullptr, to, C, add};
   };
-  const auto of_weight = [&](Linear i, Part y, const float* x) -> Product {
-    float* to = result[2 + 2 * i].mutable_data_ptr<float>();
-    return {parameters[2 * i].size(0), R, C, grads + y * C, 1, width, x, Number::kFloat, C, 1, nullptr, to, C, false};
+  struct OfWeight {
+    Linear linear;
+    Part y;
+    const float* x;
+  };
+  const auto of_weight = [&](const OfWeight& w) -> Product {
+    float* to = result[2 + 2 * w.linear].mutable_data_ptr<float>();
+    return {parameters[2 * w.linear].size(0), R, C, grads + w.y * C, 1, width, w.x, Number::kFloat, C, 1, nullptr, to, C, false};
   };
   const Kernels& k = kernels();
+  const auto run = [&](std::vector<Product> products, std::initializer_list<OfWeight> weights) {
+    if (of_parameters)
+      for (const OfWeight& w : weights) products.push_back(of_weight(w));
+    multiply(k.product, products);
+  };
   const auto each_block = [&](void (*pass)(const Backward&, int64_t)) {
     parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) pass(b, i);
     });
   };
   each_block(k.start);
-  multiply(k.product, {of_input(kFcLayer, kLast, b.grad_mixed), of_weight(kFcLayer, kLast, b.mixed)});
+  run({of_input(kFcLayer, kLast, b.grad_mixed)}, {{kFcLayer, kLast, b.mixed}});
   each_block(k.gates);
-  multiply(k.product, {of_input(kInputGateLayer, kInputGate, b.grad_features), of_weight(kInputGateLayer, kInputGate, b.features)});
-  multiply(k.product, {of_input(kUpdateGateLayer, kUpdateGate, b.grad_features, true), of_weight(kUpdateGateLayer, kUpdateGate, b.features)});
+  run({of_input(kInputGateLayer, kInputGate, b.grad_features)}, {{kInputGateLayer, kInputGate, b.features}});
+  run({of_input(kUpdateGateLayer, kUpdateGate, b.grad_features, true)}, {{kUpdateGateLayer, kUpdateGate, b.features}});
   each_block(k.finish);
-  multiply(k.product, {of_input(kDynamicLayer, kPooledIn, result[0].mutable_data_ptr<float>()),
-                       of_input(kInputLayer, kKernelIn, result[1].mutable_data_ptr<float>()),
-                       of_weight(kDynamicLayer, kPooledIn, pooled_rows.const_data_ptr<float>()),
-                       of_weight(kInputLayer, kKernelIn, kernel_rows.const_data_ptr<float>())});
+  run({of_input(kDynamicLayer, kPooledIn, result[0].mutable_data_ptr<float>()), of_input(kInputLayer, kKernelIn, result[1].mutable_data_ptr<float>())},
+      {{kDynamicLayer, kPooledIn, pooled_rows.const_data_ptr<float>()}, {kInputLayer, kKernelIn, kernel_rows.const_data_ptr<float>()}});
+  result[1] = torch::stable::to(result[1], kernel.scalar_type());
+  if (!of_parameters) return result;
 
   const auto add_blocks = [&](int first, Tensor& to) {  // the sums from `first` on, as many as fill the tensor
     float* total = to.mutable_data_ptr<float>();
@@ -204,7 +216,6 @@ std::vector<Tensor> kernel_update_backward(const Tensor& grad, const Tensor& poo
   constexpr Part outputs[] = {kPooledIn, kKernelIn, kInputGate, kUpdateGate, kLast};
   for (int i = 0; i < kLinears; ++i) add_blocks(2 * kNorms + outputs[i], result[2 + 2 * i + 1]);
   for (int i = 0; i < 2 * kNorms; ++i) add_blocks(i, result[2 + 2 * kLinears + i]);
-  result[1] = torch::stable::to(result[1], kernel.scalar_type());
   for (int i = 0; i < kParameters; ++i) result[2 + i] = torch::stable::to(result[2 + i], given[i].scalar_type());
   return result;
 }
@@ -213,8 +224,8 @@ std::vector<Tensor> kernel_update_backward(const Tensor& grad, const Tensor& poo
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyvseg, m) {
   m.def(
-      "kernel_update_backward(Tensor grad, Tensor pooled, Tensor kernels, Tensor[] parameters, Tensor state, float eps)"
-      " -> Tensor[]");
+      "kernel_update_backward(Tensor grad, Tensor pooled, Tensor kernels, Tensor[] parameters, Tensor state, float eps,"
+      " bool of_parameters=True) -> Tensor[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(pyvseg, CPU, m) { m.impl("kernel_update_backward", TORCH_BOX(&kernel_update_backward)); }
 #endif

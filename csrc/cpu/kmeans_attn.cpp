@@ -255,26 +255,43 @@ PYVSEG_KERNEL_TABLE
 
 namespace {
 
-void check(const Tensor& pixel, const Tensor& clusters, const Tensor& value, const Tensor& scale, const Tensor& bias) {
+using Terms = std::optional<Tensor>;
+
+// One for each cluster, or one for all: `otherwise` where none is given.
+struct PerCluster {
+  PerCluster(const Terms& given, float otherwise, int64_t N) : otherwise(otherwise) {
+    if (!given.has_value()) return;
+    tensor = dense(*given);
+    each = tensor.size(0) == N;
+  }
+  const float* data() const { return tensor.defined() ? tensor.const_data_ptr<float>() : &otherwise; }
+
+  Tensor tensor;
+  float otherwise;
+  bool each = false;
+};
+
+void check(const Tensor& pixel, const Tensor& clusters, const Tensor& value, const Terms& scale, const Terms& bias) {
   STD_TORCH_CHECK(pixel.dim() == 3 && clusters.dim() == 3 && value.dim() == 3, "kmeans_attn: need three dimensions");
   const int64_t B = pixel.size(0), C = pixel.size(1), M = pixel.size(2), N = clusters.size(1);
   STD_TORCH_CHECK(clusters.size(0) == B && clusters.size(2) == C && value.size(0) == B && value.size(2) == M,
                   "kmeans_attn: shapes do not agree");
   STD_TORCH_CHECK(N > 0 && N < INT32_MAX, "kmeans_attn: need at least one cluster");
   STD_TORCH_CHECK(clusters.scalar_type() == pixel.scalar_type(), "kmeans_attn: clusters must have pixel's dtype");
-  for (const Tensor& t : {scale, bias})
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && (t.size(0) == N || t.size(0) == 1),
+  for (const Terms* t : {&scale, &bias})
+    STD_TORCH_CHECK(!t->has_value() || ((*t)->scalar_type() == ScalarType::Float && (*t)->dim() == 1 && ((*t)->size(0) == N || (*t)->size(0) == 1)),
                     "kmeans_attn: scale and bias must be float32 of (N,) or (1,)");
 }
 
-// pixel (B, C, M), clusters (B, N, C), value (B, D, M), scale and bias float32 (N,) or (1,)
+// pixel (B, C, M), clusters (B, N, C), value (B, D, M), scale and bias float32 (N,) or (1,), or none: 1 and 0
 //   -> update (B, N, D) float32, assign (B, M) int32, count (B, N) float32, logits (B, N, M) or (0,) in pixel's dtype
 std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans_attn(const Tensor& pixel, const Tensor& clusters, const Tensor& value,
-                                                       const Tensor& scale, const Tensor& bias, bool want_logits) {
+                                                       const Terms& scale, const Terms& bias, bool want_logits) {
   check(pixel, clusters, value, scale, bias);
   const int64_t B = pixel.size(0), M = pixel.size(2), N = clusters.size(1);
-  const Tensor pixels = kmeans::adjacent(pixel), values = kmeans::adjacent(value), scales = dense(scale);
-  const Tensor centers = kmeans::adjacent(torch::stable::transpose(clusters, 1, 2)), biases = dense(bias);
+  const Tensor pixels = kmeans::adjacent(pixel), values = kmeans::adjacent(value);
+  const Tensor centers = kmeans::adjacent(torch::stable::transpose(clusters, 1, 2));
+  const PerCluster scales(scale, 1, N), biases(bias, 0, N);
   Tensor assign = torch::stable::new_empty(pixel, {B, M}, ScalarType::Int);
   Tensor logits = want_logits ? torch::stable::new_empty(pixel, {B, N, M}) : torch::stable::new_empty(pixel, {0});
   const Kernels& kernel = kernels();
@@ -282,8 +299,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans_attn(const Tensor& pixel, cons
   const auto problem = [&](int64_t b) {
     const Map map = kmeans::map_of(pixels, b);
     char* out = want_logits ? static_cast<char*>(logits.mutable_data_ptr()) + b * N * M * bytes_of(map.number) : nullptr;
-    return Problem{map, kmeans::map_of(centers, b), kmeans::map_of(values, b), scales.const_data_ptr<float>(),
-                   biases.const_data_ptr<float>(), scale.size(0) == N, bias.size(0) == N,
+    return Problem{map, kmeans::map_of(centers, b), kmeans::map_of(values, b), scales.data(), biases.data(), scales.each, biases.each,
                    assign.mutable_data_ptr<int32_t>() + b * M, out};
   };
   const auto make_work = [&] {
@@ -306,7 +322,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans_attn(const Tensor& pixel, cons
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyvseg, m) {
   m.def(
-      "kmeans_attn(Tensor pixel, Tensor clusters, Tensor value, Tensor scale, Tensor bias, bool want_logits)"
+      "kmeans_attn(Tensor pixel, Tensor clusters, Tensor value, Tensor? scale, Tensor? bias, bool want_logits)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(pyvseg, CPU, m) { m.impl("kmeans_attn", TORCH_BOX(&kmeans_attn)); }

@@ -34,22 +34,6 @@ namespace {
 
 PYVSEG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The first n elements, none where n is negative, and zeros.
-template <typename T>
-PYVSEG_INLINE vfloat load_some(const T* p, int64_t n) {
-  if (n >= kLanes) return load(p);
-  T some[kLanes] = {};
-  if (n > 0) __builtin_memcpy(some, p, size_t(n) * sizeof(T));
-  return load(some);
-}
-template <typename T, typename V>
-PYVSEG_INLINE void store_some(T* p, V v, int64_t n) {
-  if (n >= kLanes) return store(p, v);
-  T some[kLanes];
-  store(some, v);
-  if (n > 0) __builtin_memcpy(p, some, size_t(n) * sizeof(T));
-}
-
 PYVSEG_INLINE bool positions_adjacent(const Map& map) { return map.position_stride == 1 || map.positions <= 1; }
 
 // Asks for one of `parts` equal parts of the map at `count` positions from `first` on, into the second-level cache.

@@ -55,9 +55,7 @@ PYVSEG_INLINE Activation activate(vfloat x) {
 }
 
 PYVSEG_INLINE vfloat first_lanes(vfloat v, int64_t n) {
-  vint lane{};
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < int32_t(n) ? v : vfloat{};
+  return lane_index() < int32_t(n) ? v : vfloat{};
 }
 
 struct RowSums {

@@ -98,21 +98,16 @@ int64_t candidates(const Problem& p, const Scratch& s, const float* frame, Span 
   return count;
 }
 
-PYVSEG_INLINE vuint lane_numbers() {
-  vuint lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane;
-}
 PYVSEG_INLINE float largest(vfloat v) {
   for (int step = kLanes / 2; step; step /= 2) {
-    const vfloat other = (vfloat)shuffle((vuint)v, (vuint)v, lane_numbers() ^ step);
+    const vfloat other = (vfloat)shuffle((vuint)v, (vuint)v, (vuint)lane_index() ^ step);
     v = other > v ? other : v;
   }
   return v[0];
 }
 PYVSEG_INLINE int32_t smallest(vint v) {
   for (int step = kLanes / 2; step; step /= 2) {
-    const vint other = (vint)shuffle((vuint)v, (vuint)v, lane_numbers() ^ step);
+    const vint other = (vint)shuffle((vuint)v, (vuint)v, (vuint)lane_index() ^ step);
     v = other < v ? other : v;
   }
   return v[0];
@@ -132,7 +127,7 @@ PYVSEG_INLINE Best best_of(const float* pixel, int64_t width) {
   }
   const float top = largest(high);
   for (int64_t i = 0; i < width; i += kLanes) {
-    const int32_t place = smallest(load(pixel + i) == top ? (vint)lane_numbers() + int32_t(i) : splat(INT32_MAX));
+    const int32_t place = smallest(load(pixel + i) == top ? lane_index() + int32_t(i) : splat(INT32_MAX));
     if (place != INT32_MAX) return {top, place};
   }
   return {top, 0};  // NaN only

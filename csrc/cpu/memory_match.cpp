@@ -116,9 +116,7 @@ PYVSEG_INLINE vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
 
 // The first n < kLanes lanes, minus infinity in the others.
 PYVSEG_INLINE vfloat first_lanes(vfloat v, int64_t n) {
-  vint lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < int32_t(n) ? v : splat(-__builtin_inff());
+  return lane_index() < int32_t(n) ? v : splat(-__builtin_inff());
 }
 
 // n numbers; x and out have room up to a whole vector.
@@ -208,8 +206,6 @@ PYVSEG_KERNELS = {panels, rows, columns, greedy};
 #else
 }  // namespace pyvseg::memory_match
 
-#include <optional>
-
 #include "launch.h"
 
 namespace pyvseg::memory_match {
@@ -222,14 +218,19 @@ const char* at(const Tensor& t, int64_t elements) {
   return static_cast<const char*>(t.const_data_ptr()) + elements * bytes_of(number_of(t));
 }
 
-// embeddings (B, N, C) and memory (B, M, C) of one dtype; labels (B, N) and (B, M) int64, or neither -> (B, N, M) float32
+// embeddings (*B, N, C) and memory (*B, M, C) of one dtype; labels (*B, N) and (*B, M) int64, or neither -> (*B, N, M) float32
 Tensor memory_match(const Tensor& embeddings, const Tensor& memory, const std::optional<Tensor>& labels,
                     const std::optional<Tensor>& memory_labels) {
-  STD_TORCH_CHECK(embeddings.dim() == 3 && memory.dim() == 3 && embeddings.size(2) == memory.size(2) && embeddings.size(0) == memory.size(0),
-                  "memory_match: need (B, N, C) and (B, M, C)");
+  const int64_t dims = embeddings.dim();
+  bool fit = dims >= 2 && memory.dim() == dims && embeddings.size(-1) == memory.size(-1);
+  int64_t B = 1;
+  for (int64_t d = 0; fit && d < dims - 2; B *= embeddings.size(d++)) fit = embeddings.size(d) == memory.size(d);
+  STD_TORCH_CHECK(fit, "memory_match: need (*B, N, C) and (*B, M, C)");
   const Tensor e = dense(embeddings), m = dense(memory);
-  const int64_t B = e.size(0), N = e.size(1), M = m.size(1), C = e.size(2);
-  Tensor scores = torch::stable::new_empty(e, {B, N, M}, ScalarType::Float);
+  const int64_t N = e.size(-2), M = m.size(-2), C = e.size(-1);
+  std::vector<int64_t> shape(e.sizes().begin(), e.sizes().end());
+  shape.back() = M;
+  Tensor scores = torch::stable::new_empty(e, shape, ScalarType::Float);
   const Number number = number_of(e);
   STD_TORCH_CHECK(number == number_of(m) && labels.has_value() == memory_labels.has_value(), "memory_match: dtypes or labels differ");
   Tensor own, theirs;

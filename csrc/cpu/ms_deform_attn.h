@@ -75,8 +75,7 @@ PYVSEG_INLINE void deinterleave(vfloat a, vfloat b, vfloat& even, vfloat& odd) {
 // Folds lanes that lie 1, 2, 4, ... apart, so that every lane ends with the result of all.
 template <typename Fold>
 PYVSEG_INLINE vfloat fold(vfloat v, const Fold& with) {
-  vuint lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const vuint lane = (vuint)lane_index();
 #pragma GCC unroll 4
   for (int step = kLanes / 2; step > 0; step /= 2) v = with(v, (vfloat)shuffle((vuint)v, (vuint)v, lane ^ step));
   return v;
@@ -85,8 +84,7 @@ PYVSEG_INLINE vfloat fold(vfloat v, const Fold& with) {
 // row = softmax of `count` logits; the other lanes of whole vectors become zero.
 template <typename G>
 PYVSEG_INLINE void softmax(const G* logits, float* row, int64_t count, int64_t lanes) {
-  vint lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const vint lane = lane_index();
   const auto at = [&](int64_t i) { return lane + int32_t(i) < int32_t(count) ? load(logits + i) : splat(-kInfinity); };
   // Lanes without a sample take the exponential of 0, and then zero: one of -infinity would underflow, which is slow.
   const auto exponential = [&](int64_t i, vfloat most) {

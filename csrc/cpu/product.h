@@ -72,25 +72,25 @@ void lay_out(const Product& p, int64_t depth, int64_t count, int64_t column, flo
   }
 }
 
-// tile (R, kPanel) += x (R rows, count) panel
-template <int R>
+// tile (R, kPanel) += x (R rows, count) panel, in the first V vectors of a row
+template <int R, int V>
 PYVSEG_INLINE void multiply_tile(const Product& p, const float* x, int64_t count, const float* panel, float* tile) {
-  vfloat total[R][kTileVectors] = {};
+  vfloat total[R][V] = {};
   for (int64_t d = 0; d < count; ++d) {
-    vfloat w[kTileVectors];
+    vfloat w[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) w[v] = load(panel + d * kPanel + v * kLanes);
+    for (int v = 0; v < V; ++v) w[v] = load(panel + d * kPanel + v * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       const vfloat one = splat(x[r * p.x_row + d * p.x_depth]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) total[r][v] += one * w[v];
+      for (int v = 0; v < V; ++v) total[r][v] += one * w[v];
     }
   }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) {
+    for (int v = 0; v < V; ++v) {
       float* to = tile + r * kPanel + v * kLanes;
       store(to, load(to) + total[r][v]);
     }
@@ -204,8 +204,10 @@ void multiply(const Product& p, int64_t panel, int64_t begin, int64_t end, float
         constexpr int R = decltype(tall)::value;
         if (pairs)
           multiply_pairs<R>(x_pairs + (row - begin) * (kDepth / 2), (count + 1) / 2, weight_pairs, tile);
+        else if (columns <= kLanes)
+          multiply_tile<R, 1>(p, x + (row - begin) * p.x_row, count, weights, tile);
         else
-          multiply_tile<R>(p, x + (row - begin) * p.x_row, count, weights, tile);
+          multiply_tile<R, kTileVectors>(p, x + (row - begin) * p.x_row, count, weights, tile);
       });
       for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(p.y + (row + r) * p.y_row + column, tile + r * kPanel, columns * 4);
     }

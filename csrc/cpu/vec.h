@@ -47,6 +47,13 @@ PYVSEG_INLINE auto with_number(Number number, const Body& body) {
 PYVSEG_INLINE vfloat splat(float x) { return x - vfloat{}; }
 PYVSEG_INLINE vint splat(int32_t x) { return x - vint{}; }
 
+// 0, 1, 2, ...
+PYVSEG_INLINE vint lane_index() {
+  vint v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
 PYVSEG_INLINE vint load(const int32_t* p) {
   vint v;
   __builtin_memcpy(&v, p, sizeof v);
@@ -142,6 +149,38 @@ PYVSEG_INLINE void store1(bfloat16* p, float x) {
   p->bits = uint16_t(x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) | 0x40);
 }
 
+// The first n elements, zeros behind them; all where n is larger than a vector, none where it is negative.
+template <typename T>
+PYVSEG_INLINE auto load_some(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  T some[kLanes] = {};
+#if defined(__AVX512F__)
+  const __mmask16 there = n > 0 ? (1u << n) - 1 : 0;
+  if constexpr (sizeof(T) == 4)
+    _mm512_storeu_si512(some, _mm512_maskz_loadu_epi32(there, p));
+  else
+    _mm256_storeu_si256((__m256i*)some, _mm256_maskz_loadu_epi16(there, p));
+#else
+  if (n > 0) __builtin_memcpy(some, p, size_t(n) * sizeof(T));
+#endif
+  return load(some);
+}
+template <typename T, typename V>
+PYVSEG_INLINE void store_some(T* p, V v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+  T some[kLanes];
+  store(some, v);
+#if defined(__AVX512F__)
+  const __mmask16 there = n > 0 ? (1u << n) - 1 : 0;
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_epi32(p, there, _mm512_loadu_si512(some));
+  else
+    _mm256_mask_storeu_epi16(p, there, _mm256_loadu_si256((const __m256i*)some));
+#else
+  if (n > 0) __builtin_memcpy(p, some, size_t(n) * sizeof(T));
+#endif
+}
+
 // Lane i of the result is lane which[i] of a followed by b.
 PYVSEG_INLINE vuint shuffle(vuint a, vuint b, vuint which) {
 #if defined(__clang__)
@@ -155,8 +194,7 @@ PYVSEG_INLINE vuint shuffle(vuint a, vuint b, vuint which) {
 
 // A square of 32-bit words, one row in each vector.
 PYVSEG_INLINE void transpose(vuint v[kLanes]) {
-  vuint lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const vuint lane = (vuint)lane_index();
 #pragma GCC unroll 4
   for (int step = 1; step < kLanes; step *= 2) {  // swaps the off-diagonal squares of this size
     const vuint low = (lane & step) ? lane + (kLanes - step) : lane, high = (lane & step) ? lane + kLanes : lane + step;

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation of an op runs: compiled for the CPU, CUDA, Triton, or the PyTorch reference.
 
-An op asks `choice = choose(name, backend, tensors...)` and runs `call(choice, op, ...)`. What is there is found out by
-itself: a compiled kernel is there when its library registered `pyvseg::<op>` for the device, a Triton one when
+An op asks `choice = choose(name, backend, tensors...)`, within a function that `planned` decorates, and runs
+`call(choice, op, ...)`. What is there is found out by itself: a compiled kernel is there when its library registered `pyvseg::<op>` for the device, a Triton one when
 `pyvseg/kernels/<op>.py` exists. Triton's are `pyvseg_triton::<op>`, custom ops of the same schema, fake and gradient:
 `register_fake` and `register_autograd` take the op's bare name and serve both.
 """
@@ -119,7 +119,41 @@ def _warn(op: str, device: str, slower: str) -> None:
         return
     _warned.add((op, device))
     reason = missing(op, device) if device in BACKENDS else f"no kernels for {device} tensors"
-    warnings.warn(f"pyvseg.ops.{op} runs on the PyTorch reference, about {slower} slower: {reason}", stacklevel=4)
+    warnings.warn(f"pyvseg.ops.{op} runs on the PyTorch reference, about {slower} slower: {reason}", stacklevel=6)
+
+
+def planned(plan: Callable[..., str]) -> Callable[..., str]:
+    """Decorates the checks and the choice of backend of an op, `plan(*its arguments)`, which may look at all of them but the
+    values of tensors: it runs once for every signature of a call, and what it returned is known from then on.
+    """
+    known: dict[bytes, str] = {}
+
+    @functools.wraps(plan)
+    def remembered(*args) -> str:
+        if extension is None or torch.compiler.is_compiling() or _calls is not None:
+            return plan(*args)
+        signature = extension.signature(_wish, torch.is_grad_enabled(), args)
+        choice = known.get(signature)
+        if choice is None:
+            choice = plan(*args)
+            if len(known) >= _KNOWN:
+                known.clear()
+            if signature is not None:
+                known[signature] = choice
+        return choice
+
+    _plans.append(known)
+    return remembered
+
+
+_KNOWN = 4096  # signatures of an op
+_plans: list[dict[bytes, str]] = []
+
+
+def forget() -> None:
+    """All plans are made anew: after a change of what backends there are."""
+    for known in _plans:
+        known.clear()
 
 
 def choose(op: str, name: str, *tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES, slower: str, few: float = 0) -> str:
@@ -202,13 +236,33 @@ def kernels(choice: str):
 def call(choice: str, op: str, *args):
     """Runs the op of the chosen backend. Eager calls go around the layers of Python between an op and its kernel that
     `torch.library` puts there for tracing: they take longer than a small op."""
-    run = getattr(kernels(choice), op)
     if torch.compiler.is_compiling():
-        return run(*args)
-    if torch.is_grad_enabled() and _require_grad(args):
-        function = _functions.get((_libraries[choice], op))
-        return function.apply(*_flat(args)) if function else run(*args)
-    return _below_autograd(run.default, *args)
+        return getattr(kernels(choice), op)(*args)
+    library = _libraries[choice]
+    if torch.is_grad_enabled() and extension.requires_grad(args):
+        function = None if torch._C._are_functorch_transforms_active() else _functions.get((library, op))
+        return function.apply(*_flat(args)) if function else _overload(library, op)(*args)
+    with _below_autograd():
+        return _overload(library, op)(*args)
+
+
+@functools.cache
+def _overload(library: str, op: str) -> torch._ops.OpOverload:
+    return getattr(getattr(torch.ops, library), op).default
+
+
+class _Overloads:
+    """`torch.ops.<library>` whose ops are overloads, which are quicker to call."""
+
+    def __init__(self, library: str) -> None:
+        self._library = library
+
+    def __getattr__(self, op: str) -> torch._ops.OpOverload:
+        return _overload(self._library, op)
+
+
+_overloads = functools.cache(_Overloads)
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def _flat(args: tuple) -> list:
@@ -221,15 +275,6 @@ def _unflat(flat: tuple) -> list:
     *flat, lengths = flat
     rest = iter(flat)
     return [next(rest) if n is None else [next(rest) for _ in range(n)] for n in lengths]
-
-
-def _require_grad(args: tuple | list) -> bool:
-    return any(x.requires_grad if isinstance(x, Tensor) else isinstance(x, list) and _require_grad(x) for x in args)
-
-
-def _below_autograd(run: Callable, *args):
-    with torch._C._AutoDispatchBelowAutograd():
-        return run(*args)
 
 
 def schema(op: str) -> str:
@@ -283,26 +328,24 @@ def _differentiate(library: str, op: str) -> None:
     backward, save = _gradients[op]
 
     def setup_context(ctx, inputs, output) -> None:
-        ctx.kernels = getattr(torch.ops, library)
+        ctx.kernels = _overloads(library)
         save(ctx, inputs, output)
 
     torch.library.register_autograd(f"{library}::{op}", backward, setup_context=setup_context)
 
-    run = getattr(getattr(torch.ops, library), op).default
-
     class Direct(torch.autograd.Function):
         @staticmethod
-        def forward(*flat):
-            return _below_autograd(run, *_unflat(flat))
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            setup_context(ctx, _unflat(inputs), output)
+        def forward(ctx, *flat):  # a setup_context of its own takes PyTorch longer than a small op
+            inputs = _unflat(flat)
+            with _below_autograd():
+                output = _overload(library, op)(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
 
         @staticmethod
         def backward(ctx, *grads):
             given = backward(ctx, *grads)
-            return *_flat(given)[:-1], None
+            return *(each for x in given for each in (x if isinstance(x, list) else [x])), None
 
     _functions[library, op] = Direct
 

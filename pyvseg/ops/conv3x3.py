@@ -86,12 +86,12 @@ def conv3x3(
 
     Raises ValueError for shapes and devices, TypeError for dtypes, naming the argument.
     """
-    _check(x, weight, bias, residual)
-    if x.numel() == 0:
+    if not isinstance(weight, Conv3x3Weight):
+        raise TypeError(f"weight must come from conv3x3_weight, got {type(weight).__name__}")
+    choice = _plan(x, *weight, bias, residual, backend)
+    if choice == "empty":
         return x.new_empty(x.shape[0], weight.outputs, *x.shape[2:])
-    tensors = [t for t in (x, weight.tiles, bias, residual) if t is not None]
-    choice = _dispatch.choose("conv3x3", backend, *tensors, dtypes=(torch.float32,), slower="10 times")
-    if choice == "reference" or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    if choice == "reference":
         return reference(x, *weight, bias, residual, relu_input)
     return _dispatch.call(choice, "conv3x3", x, *weight, bias, residual, relu_input)
 
@@ -115,10 +115,9 @@ def reference(x: Tensor, tiles: Tensor, outputs: int, bias: Tensor | None, resid
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def _check(x: Tensor, weight: Conv3x3Weight, bias: Tensor | None, residual: Tensor | None) -> None:
-    if not isinstance(weight, Conv3x3Weight):
-        raise TypeError(f"weight must come from conv3x3_weight, got {type(weight).__name__}")
-    for name, tensor, dims in (("x", x, 4), ("weight", weight.tiles, 4), ("bias", bias, 1), ("residual", residual, 4)):
+@_dispatch.planned
+def _plan(x: Tensor, tiles: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None, backend: str) -> str:
+    for name, tensor, dims in (("x", x, 4), ("weight", tiles, 4), ("bias", bias, 1), ("residual", residual, 4)):
         if tensor is None and name in ("bias", "residual"):
             continue
         if not isinstance(tensor, Tensor):
@@ -129,7 +128,7 @@ def _check(x: Tensor, weight: Conv3x3Weight, bias: Tensor | None, residual: Tens
             raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} but x on {x.device}")
-    inputs, outputs = weight.tiles.shape[2], weight.outputs
+    inputs = tiles.shape[2]
     if x.shape[1] != inputs:
         raise ValueError(f"x must have the weight's {inputs} input channels, got shape {tuple(x.shape)}")
     if bias is not None and bias.shape[0] != outputs:
@@ -137,6 +136,11 @@ def _check(x: Tensor, weight: Conv3x3Weight, bias: Tensor | None, residual: Tens
     expected = (x.shape[0], outputs, *x.shape[2:])
     if residual is not None and residual.shape != expected:
         raise ValueError(f"residual must have the result's shape {expected}, got {tuple(residual.shape)}")
+    if x.numel() == 0:
+        return "empty"
+    tensors = [t for t in (x, tiles, bias, residual) if t is not None]
+    choice = _dispatch.choose("conv3x3", backend, *tensors, dtypes=(torch.float32,), slower="10 times")
+    return "reference" if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) else choice
 
 
 @_dispatch.register_fake("conv3x3")

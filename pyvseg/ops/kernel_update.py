@@ -14,7 +14,6 @@ from pyvseg.ops import _dispatch
 __all__ = ["KernelUpdator", "kernel_update", "mask_pool"]
 
 _SLOWER = "4 to 10 times"
-_NARROW, _MANY = 48, 128  # the gradient of many kernels of few channels is quicker in PyTorch
 _LINEARS = ("dynamic_layer", "input_layer", "input_gate", "update_gate", "fc_layer")
 _NORMS = ("norm_in", "norm_out", "input_norm_in", "input_norm_out", "fc_norm")
 
@@ -42,12 +41,12 @@ def mask_pool(
 
     Raises ValueError for shapes and devices, TypeError for dtypes, naming the argument.
     """
-    _check(masks, features)
-    masks, features = masks.flatten(2), features.flatten(2)
+    choice = _plan_pool(masks, features, soft, backend)
+    if masks.ndim > 3:
+        masks, features = masks.flatten(2), features.flatten(2)
     if soft:
         wide = torch.promote_types(torch.promote_types(masks.dtype, features.dtype), torch.float32)
         return masks.to(wide) @ features.to(wide).mT
-    choice = _dispatch.choose("kernel_update", backend, masks, features, slower=_SLOWER, few=1 << 11)
     if choice == "reference":
         return reference_pool(masks, features)
     return _dispatch.call(choice, "mask_pool", masks.detach(), features)
@@ -96,20 +95,10 @@ class KernelUpdator(nn.Module):
         """
         modules = [self._modules[name] for name in _LINEARS + _NORMS]  # as attributes they take longer than a small update
         parameters = [p for module in modules for p in (module._parameters["weight"], module._parameters["bias"])]
-        C = self.norm_in.normalized_shape[0]
-        for name, tensor in (("pooled", pooled), ("kernels", kernels)):
-            _check_float(name, tensor)
-            if tensor.ndim < 1 or tensor.shape[-1] != C:
-                raise ValueError(f"{name} must be (..., C={C}), got shape {tuple(tensor.shape)}")
-            if tensor.device != parameters[0].device:
-                raise ValueError(f"{name} is on {tensor.device} but the updator on {parameters[0].device}")
-        if pooled.shape != kernels.shape:
-            raise ValueError(f"pooled must have the kernels' shape {tuple(kernels.shape)}, got {tuple(pooled.shape)}")
-        narrow = backend == "auto" and C < _NARROW and torch.is_grad_enabled() and kernels.numel() > _MANY * C
-        choice = "reference" if narrow else _dispatch.choose("kernel_update", backend, kernels, pooled, *parameters, slower=_SLOWER)
-        eps = self.norm_in.eps
+        choice, eps = _plan_update(pooled, kernels, parameters, backend), self._modules["norm_in"].eps
         if choice == "reference":
             return reference_update(pooled, kernels, parameters, eps)
+        C = kernels.shape[-1]
         rows = pooled.reshape(-1, C).float(), kernels.reshape(-1, C)
         return _dispatch.call(choice, "kernel_update", *rows, parameters, eps)[0].view(kernels.shape)
 
@@ -158,7 +147,8 @@ def _check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
-def _check(masks: Tensor, features: Tensor) -> None:
+@_dispatch.planned
+def _plan_pool(masks: Tensor, features: Tensor, soft: bool, backend: str) -> str:
     for name, tensor in (("masks", masks), ("features", features)):
         _check_float(name, tensor)
         if tensor.ndim < 3:
@@ -168,6 +158,21 @@ def _check(masks: Tensor, features: Tensor) -> None:
         raise ValueError(f"features must be (B={B}, C, {', '.join(map(str, size))}) to go with masks, got {tuple(features.shape)}")
     if features.device != masks.device:
         raise ValueError(f"features is on {features.device} but masks on {masks.device}")
+    return "reference" if soft else _dispatch.choose("kernel_update", backend, masks, features, slower=_SLOWER, few=1 << 11)
+
+
+@_dispatch.planned
+def _plan_update(pooled: Tensor, kernels: Tensor, parameters: list[Tensor], backend: str) -> str:
+    C = parameters[-1].shape[0]
+    for name, tensor in (("pooled", pooled), ("kernels", kernels)):
+        _check_float(name, tensor)
+        if tensor.ndim < 1 or tensor.shape[-1] != C:
+            raise ValueError(f"{name} must be (..., C={C}), got shape {tuple(tensor.shape)}")
+        if tensor.device != parameters[0].device:
+            raise ValueError(f"{name} is on {tensor.device} but the updator on {parameters[0].device}")
+    if pooled.shape != kernels.shape:
+        raise ValueError(f"pooled must have the kernels' shape {tuple(kernels.shape)}, got {tuple(pooled.shape)}")
+    return _dispatch.choose("kernel_update", backend, kernels, pooled, *parameters, slower=_SLOWER)
 
 
 @_dispatch.register_fake("mask_pool")
@@ -205,20 +210,23 @@ def _fake_update(pooled: Tensor, kernels: Tensor, parameters: list[Tensor], eps:
 
 
 @_dispatch.register_fake("kernel_update_backward")
-def _fake_update_backward(grad: Tensor, pooled: Tensor, kernels: Tensor, parameters: list[Tensor], state: Tensor, eps: float) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (pooled, kernels, *parameters)]
+def _fake_update_backward(
+    grad: Tensor, pooled: Tensor, kernels: Tensor, parameters: list[Tensor], state: Tensor, eps: float, of_parameters: bool = True
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (pooled, kernels, *(parameters if of_parameters else ()))]
 
 
 def _save_update(ctx, inputs, output) -> None:
     pooled, kernels, parameters, ctx.eps = inputs
+    ctx.of_parameters = any(p.requires_grad for p in parameters)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(pooled, kernels, output[1], *parameters)
 
 
 def _update_backward(ctx, grad: Tensor, _state) -> tuple:
     pooled, kernels, state, *parameters = ctx.saved_tensors
-    grads = ctx.kernels.kernel_update_backward(grad, pooled, kernels, parameters, state, ctx.eps)
-    return grads[0], grads[1], grads[2:], None
+    grads = ctx.kernels.kernel_update_backward(grad, pooled, kernels, parameters, state, ctx.eps, ctx.of_parameters)
+    return grads[0], grads[1], grads[2:] or [None] * len(parameters), None
 
 
 _dispatch.register_autograd("kernel_update", _update_backward, setup_context=_save_update)

@@ -16,7 +16,7 @@ from pyvseg.ops import _dispatch
 __all__ = ["KMeansAttn", "KMeansPool", "kmeans_assign", "kmeans_attn", "kmeans_pool"]
 
 _SLOWER = "3 to 8 times"
-_FEW = 1 << 14  # numbers whose gradient PyTorch is quicker at
+_FEW = 1 << 10  # numbers whose gradient PyTorch is quicker at
 
 
 class KMeansAttn(NamedTuple):
@@ -57,20 +57,27 @@ def kmeans_attn(
 
     Raises ValueError for shapes, devices and reduction, TypeError for dtypes, naming the argument.
     """
-    _check_maps(pixel, value)
-    _check_clusters(pixel, clusters)
-    _check_reduction(reduction)
-    B, N, _ = clusters.shape
+    choice = _plan(pixel, clusters, value, scale, bias, reduction, backend)
+    shape, B = pixel.shape[2:], clusters.shape[0]
     frames = pixel.shape[0] // B if B else 1
-    scale, bias = (_per_cluster(name, x, default, clusters) for name, x, default in (("scale", scale, 1), ("bias", bias, 0)))
-    centers = clusters.expand(frames, -1, -1) if B == 1 else clusters.repeat_interleave(frames, 0)
-    inputs = (pixel.flatten(2), centers, value.flatten(2), scale, bias)
-    choice = _dispatch.choose("kmeans_attn", backend, pixel, value, slower=_SLOWER, few=_FEW)
+    centers = clusters if frames == 1 else clusters.repeat_interleave(frames, 0)
+    scale, bias = _per_cluster(scale, clusters), _per_cluster(bias, clusters)
     run = reference if choice == "reference" else partial(_dispatch.call, choice, "kmeans_attn")
-    update, assign, count, logits = run(*inputs, want_logits)
-    shape = pixel.shape[2:]
+    update, assign, count, logits = run(_flat(pixel), centers, _flat(value), scale, bias, want_logits)
     update, count = _reduced(update, count, frames, reduction)
-    return KMeansAttn(update, assign.unflatten(1, shape), count, logits.unflatten(2, shape) if want_logits else None)
+    if not want_logits:
+        return KMeansAttn(update, _unflat(assign, shape), count, None)
+    return KMeansAttn(update, _unflat(assign, shape), count, _unflat(logits, shape))
+
+
+def _flat(maps: Tensor) -> Tensor:
+    """(B, channels, *S) -> (B, channels, M)"""
+    return maps if maps.ndim == 3 else maps.flatten(2)
+
+
+def _unflat(maps: Tensor, shape: torch.Size) -> Tensor:
+    """(..., M) -> (..., *S)"""
+    return maps if len(shape) == 1 else maps.unflatten(-1, shape)
 
 
 def kmeans_assign(
@@ -82,13 +89,10 @@ def kmeans_assign(
 
     Raises ValueError without clusters, TypeError for dtypes, naming the argument.
     """
-    _check_float("logits", logits)
-    if logits.ndim < 3 or logits.shape[1] == 0:
-        raise ValueError(f"logits must be (B, N, *S) with at least one cluster, got shape {tuple(logits.shape)}")
-    rows = logits.detach().flatten(2)
-    choice = _dispatch.choose("kmeans_attn", backend, logits, slower=_SLOWER)
+    choice = _plan_assign(logits, backend)
+    rows = _flat(logits.detach())
     assign = rows.argmax(1).int() if choice == "reference" else _dispatch.call(choice, "kmeans_assign", rows)
-    return assign.unflatten(1, logits.shape[2:])
+    return _unflat(assign, logits.shape[2:])
 
 
 def kmeans_pool(
@@ -106,6 +110,83 @@ def kmeans_pool(
 
     Raises ValueError for shapes, devices and reduction, TypeError for dtypes, naming the argument.
     """
+    choice = _plan_pool(value, assign, clusters, frames, reduction, backend)
+    if assign.dtype != torch.int32:
+        assign = assign.clamp(-1, clusters).int()
+    pool = reference_pool if choice == "reference" else partial(_dispatch.call, choice, "kmeans_pool")
+    update, count = pool(assign.flatten(1), _flat(value), clusters)
+    return KMeansPool(*_reduced(update, count, frames, reduction))
+
+
+def reference(
+    pixel: Tensor,  # (B, C, M)
+    clusters: Tensor,  # (B, N, C)
+    value: Tensor,  # (B, D, M)
+    scale: Tensor | None,  # (N,) or (1,)
+    bias: Tensor | None,  # (N,) or (1,)
+    want_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The definition in PyTorch."""
+    wide = torch.promote_types(pixel.dtype, torch.float32)
+    logits = clusters.to(wide) @ pixel.to(wide)
+    logits = logits if scale is None else scale[:, None] * logits
+    logits = logits if bias is None else logits + bias[:, None]
+    assign = logits.argmax(1)
+    update, count = _sums(assign, value, clusters.shape[1])
+    return update, assign.int(), count, logits.to(pixel.dtype)
+
+
+def reference_pool(assign: Tensor, value: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """assign (B, M), value (B, D, M) -> sums (B, N, D), counts (B, N); a last row takes the positions of no cluster."""
+    bins = torch.where((assign >= 0) & (assign < clusters), assign, clusters).long()
+    update, count = _sums(bins, value, clusters + 1)
+    return update[:, :-1], count[:, :-1]
+
+
+def _sums(bins: Tensor, value: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    (B, D, _), wide = value.shape, torch.promote_types(value.dtype, torch.float32)
+    update = value.new_zeros(B, clusters, D, dtype=wide)
+    update = update.scatter_add(1, bins.unsqueeze(-1).expand(-1, -1, D), value.mT.to(wide))
+    ones = value.new_ones((), dtype=torch.float32).expand(bins.shape)
+    return update, ones.new_zeros(B, clusters).scatter_add(1, bins, ones)
+
+
+def _reduced(update: Tensor, count: Tensor, frames: int, reduction: str) -> tuple[Tensor, Tensor]:
+    if frames != 1:
+        update, count = (x.unflatten(0, (-1, frames)).sum(1) for x in (update, count))
+    return (update / count.clamp(min=1).unsqueeze(-1) if reduction == "mean" else update), count
+
+
+def _per_cluster(x: Tensor | float | None, clusters: Tensor) -> Tensor | None:
+    """(N,) or (1,) in float32, float64 where clusters are."""
+    wide = torch.promote_types(clusters.dtype, torch.float32)
+    if x is None or not isinstance(x, Tensor):
+        return None if x is None else clusters.new_full((1,), float(x), dtype=wide)
+    return x.reshape(-1).to(wide)
+
+
+@_dispatch.planned
+def _plan(
+    pixel: Tensor, clusters: Tensor, value: Tensor, scale: Tensor | float | None, bias: Tensor | float | None, reduction: str, backend: str
+) -> str:
+    _check_maps(pixel, value)
+    _check_clusters(pixel, clusters)
+    _check_reduction(reduction)
+    _check_per_cluster("scale", scale, clusters)
+    _check_per_cluster("bias", bias, clusters)
+    return _dispatch.choose("kmeans_attn", backend, pixel, value, slower=_SLOWER, few=_FEW)
+
+
+@_dispatch.planned
+def _plan_assign(logits: Tensor, backend: str) -> str:
+    _check_float("logits", logits)
+    if logits.ndim < 3 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be (B, N, *S) with at least one cluster, got shape {tuple(logits.shape)}")
+    return _dispatch.choose("kmeans_attn", backend, logits, slower=_SLOWER)
+
+
+@_dispatch.planned
+def _plan_pool(value: Tensor, assign: Tensor, clusters: int, frames: int, reduction: str, backend: str) -> str:
     _check_float("value", value)
     _check_reduction(reduction)
     if not isinstance(assign, Tensor) or assign.is_floating_point() or assign.is_complex() or assign.dtype == torch.bool:
@@ -118,59 +199,18 @@ def kmeans_pool(
         raise ValueError(f"clusters must be in 0..2^31-2, got {clusters}")
     if frames < 1 or value.shape[0] % frames:
         raise ValueError(f"frames must divide value's {value.shape[0]} maps, got {frames}")
-    if assign.dtype != torch.int32:
-        assign = assign.clamp(-1, clusters).int()
-    choice = _dispatch.choose("kmeans_attn", backend, value, slower=_SLOWER, few=_FEW)
-    pool = reference_pool if choice == "reference" else partial(_dispatch.call, choice, "kmeans_pool")
-    update, count = pool(assign.flatten(1), value.flatten(2), clusters)
-    return KMeansPool(*_reduced(update, count, frames, reduction))
+    return _dispatch.choose("kmeans_attn", backend, value, slower=_SLOWER, few=_FEW)
 
 
-def reference(
-    pixel: Tensor,  # (B, C, M)
-    clusters: Tensor,  # (B, N, C)
-    value: Tensor,  # (B, D, M)
-    scale: Tensor,  # (N,) or (1,)
-    bias: Tensor,  # (N,) or (1,)
-    want_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The definition in PyTorch."""
-    wide = torch.promote_types(pixel.dtype, torch.float32)
-    logits = scale[:, None] * (clusters.to(wide) @ pixel.to(wide)) + bias[:, None]
-    assign = logits.argmax(1).int()
-    update, count = reference_pool(assign, value, clusters.shape[1])
-    return update, assign, count, logits.to(pixel.dtype)
-
-
-def reference_pool(assign: Tensor, value: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """assign (B, M), value (B, D, M) -> sums (B, N, D), counts (B, N); a last row takes the positions of no cluster."""
-    (B, D, _), wide = value.shape, torch.promote_types(value.dtype, torch.float32)
-    bins = torch.where((assign >= 0) & (assign < clusters), assign, clusters).long()
-    update = value.new_zeros(B, clusters + 1, D, dtype=wide)
-    update = update.scatter_add(1, bins.unsqueeze(-1).expand(-1, -1, D), value.mT.to(wide))
-    ones = torch.ones_like(bins, dtype=torch.float32)
-    count = ones.new_zeros(B, clusters + 1).scatter_add(1, bins, ones)
-    return update[:, :-1], count[:, :-1]
-
-
-def _reduced(update: Tensor, count: Tensor, frames: int, reduction: str) -> tuple[Tensor, Tensor]:
-    if frames != 1:
-        update, count = (x.unflatten(0, (-1, frames)).sum(1) for x in (update, count))
-    return (update / count.clamp(min=1).unsqueeze(-1) if reduction == "mean" else update), count
-
-
-def _per_cluster(name: str, x: Tensor | float | None, default: float, clusters: Tensor) -> Tensor:
-    """(N,) or (1,) in float32, float64 where clusters are."""
-    wide = torch.promote_types(clusters.dtype, torch.float32)
+def _check_per_cluster(name: str, x: Tensor | float | None, clusters: Tensor) -> None:
     if not isinstance(x, Tensor):
-        return clusters.new_full((1,), default if x is None else float(x), dtype=wide)
+        return
     if not x.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
     if x.numel() not in (1, clusters.shape[1]) or x.ndim > 1:
         raise ValueError(f"{name} must have 1 or N={clusters.shape[1]} elements, got shape {tuple(x.shape)}")
     if x.device != clusters.device:
         raise ValueError(f"{name} is on {x.device} but clusters on {clusters.device}")
-    return x.reshape(-1).to(wide)
 
 
 def _check_float(name: str, tensor: Tensor) -> None:
@@ -211,7 +251,7 @@ def _check_reduction(reduction: str) -> None:
 
 @_dispatch.register_fake("kmeans_attn")
 def _fake(
-    pixel: Tensor, clusters: Tensor, value: Tensor, scale: Tensor, bias: Tensor, want_logits: bool
+    pixel: Tensor, clusters: Tensor, value: Tensor, scale: Tensor | None, bias: Tensor | None, want_logits: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, _, M = pixel.shape
     N, D = clusters.shape[1], value.shape[1]
@@ -242,11 +282,11 @@ def _fake_gather(grad_update: Tensor, assign: Tensor) -> Tensor:
 def _save(ctx, inputs, output) -> None:
     pixel, clusters, value, scale, bias, want_logits = inputs
     _, assign, count, logits = output
-    through_logits = want_logits and any(t.requires_grad for t in (pixel, clusters, scale, bias))
+    through_logits = want_logits and any(t is not None and t.requires_grad for t in (pixel, clusters, scale, bias))
     ctx.mark_non_differentiable(assign, count, *(() if through_logits else (logits,)))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(assign, *((pixel, clusters, scale) if through_logits else ()))
-    ctx.value_dtype, ctx.bias_size = value.dtype, bias.shape[0]
+    ctx.value_dtype, ctx.bias_size = value.dtype, None if bias is None else bias.shape[0]
 
 
 def _backward(ctx, grad_update, _assign, _count, grad_logits):
@@ -258,17 +298,19 @@ def _backward(ctx, grad_update, _assign, _count, grad_logits):
     return grad_pixel, grad_clusters, grad_value, grad_scale, grad_bias, None
 
 
-def _logits_backward(grad: Tensor, pixel: Tensor, clusters: Tensor, scale: Tensor, bias_size: int) -> tuple[Tensor, ...]:
+def _logits_backward(grad: Tensor, pixel: Tensor, clusters: Tensor, scale: Tensor | None, bias_size: int | None) -> tuple[Tensor | None, ...]:
     """Gradients of pixel, clusters, scale and bias, of which one for all clusters takes the sum of theirs."""
     grad, wide_pixel, wide_clusters = (t.float() for t in (grad, pixel, clusters))
     products = grad @ wide_pixel.mT  # (B, N, C)
-    grad_pixel = (scale[:, None] * wide_clusters).mT @ grad
+    slope = 1 if scale is None else scale[:, None]
+    grad_pixel = (slope * wide_clusters).mT @ grad
     grad_scale, grad_bias = (products * wide_clusters).sum((0, 2)), grad.sum((0, 2))
+    fit = lambda total, size: None if size is None else total if size > 1 else total.sum(0, keepdim=True)  # noqa: E731
     return (
         grad_pixel.to(pixel.dtype),
-        (scale[:, None] * products).to(clusters.dtype),
-        grad_scale if scale.shape[0] > 1 else grad_scale.sum(0, keepdim=True),
-        grad_bias if bias_size > 1 else grad_bias.sum(0, keepdim=True),
+        (slope * products).to(clusters.dtype),
+        fit(grad_scale, None if scale is None else scale.shape[0]),
+        fit(grad_bias, bias_size),
     )
 
 

@@ -44,16 +44,15 @@ def mask_costs(
 
     Raises ValueError for shapes and devices, TypeError for dtypes, naming the argument.
     """
-    _check(logits, targets, points)
+    choice = _plan(logits, targets, points, backend)
     if points is not None:
-        logits, targets = (point_sample(masks, points, backend=backend).flatten(1) for masks in (logits, targets))
-    size = logits.shape[1:].numel()
-    logits, targets = logits.reshape(logits.shape[0], size), targets.reshape(targets.shape[0], size)
-    choice = _dispatch.choose("mask_cost", backend, logits, targets, dtypes=_DTYPES, slower=_SLOWER)
+        logits, targets = (point_sample(masks, points, backend=backend) for masks in (logits, targets))
+    if logits.ndim > 2:
+        logits, targets = (masks.reshape(masks.shape[0], masks.shape[1:].numel()) for masks in (logits, targets))
     if choice == "reference":
         return reference(logits, targets)
     overlap, entropy, prob, area = _dispatch.call(choice, "mask_cost", logits, targets)
-    return MaskCosts(1 - (2 * overlap + 1) / (prob[:, None] + area + 1), entropy / max(size, 1))
+    return MaskCosts(1 - (2 * overlap + 1) / (prob[:, None] + area + 1), entropy / max(logits.shape[1], 1))
 
 
 def reference(logits: Tensor, targets: Tensor) -> MaskCosts:
@@ -68,7 +67,8 @@ def reference(logits: Tensor, targets: Tensor) -> MaskCosts:
     return MaskCosts(dice, bce / max(logits.shape[1], 1))
 
 
-def _check(logits: Tensor, targets: Tensor, points: Tensor | None) -> None:
+@_dispatch.planned
+def _plan(logits: Tensor, targets: Tensor, points: Tensor | None, backend: str) -> str:
     for name, masks in (("logits", logits), ("targets", targets)):
         if not isinstance(masks, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(masks).__name__}")
@@ -82,6 +82,7 @@ def _check(logits: Tensor, targets: Tensor, points: Tensor | None) -> None:
     if targets.ndim != logits.ndim or targets.shape[shared] != logits.shape[shared]:
         wanted = ", ".join(["M", *map(str, logits.shape[shared])] + ["H", "W"] * (points is not None))
         raise ValueError(f"targets must be ({wanted}) to go with logits, got shape {tuple(targets.shape)}")
+    return _dispatch.choose("mask_cost", backend, logits, targets, dtypes=_DTYPES, slower=_SLOWER)
 
 
 @_dispatch.register_fake("mask_cost")

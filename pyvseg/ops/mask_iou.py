@@ -30,14 +30,8 @@ def pack_masks(
 
     Raises ValueError for a tensor without a mask dimension, TypeError for other dtypes, naming the argument.
     """
-    if not isinstance(masks, Tensor):
-        raise TypeError(f"masks must be a tensor, got {type(masks).__name__}")
-    if masks.dtype not in (torch.bool, torch.uint8) and not masks.is_floating_point():
-        raise TypeError(f"masks must be bool, uint8 or floating point, got {masks.dtype}")
-    if masks.ndim < 2:
-        raise ValueError(f"masks must be (N, *S), got shape {tuple(masks.shape)}")
-    flat = masks.detach().reshape(masks.shape[0], masks.shape[1:].numel())
-    choice = _dispatch.choose("mask_iou", backend, flat, dtypes=_PACKABLE, slower=_SLOWER)
+    choice = _plan_pack(masks, backend)
+    flat = _flat(masks.detach())
     bits = reference_pack(flat) if choice == "reference" else _dispatch.call(choice, "pack_masks", flat)
     return PackedMasks(bits, flat.shape[1])
 
@@ -55,11 +49,7 @@ def mask_overlap(
     same = a is b
     a = _packed("a", a, backend)
     b = a if same else _packed("b", b, backend)
-    if a.numel != b.numel or a.bits.shape[1] != b.bits.shape[1]:
-        raise ValueError(f"b has masks of {b.numel} elements but a of {a.numel}")
-    if a.bits.device != b.bits.device:
-        raise ValueError(f"b is on {b.bits.device} but a on {a.bits.device}")
-    choice = _dispatch.choose("mask_iou", backend, a.bits, b.bits, dtypes=(torch.int64,), slower=_SLOWER)
+    choice = _plan_overlap(*a, *b, backend)
     if choice == "reference":
         return reference_overlap(a.bits, b.bits)
     return _dispatch.call(choice, "mask_iou", a.bits, b.bits)
@@ -78,14 +68,17 @@ def mask_iou(
 
     Raises ValueError for masks of different sizes or devices, TypeError for other inputs, naming the argument.
     """
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point() and b.is_floating_point():
-        return _iou(*_soft_overlap(a, b))
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype == torch.bool and a.shape[1:] == b.shape[1:] and a.ndim > 1:
-        x, y = (masks if masks.ndim == 2 else masks.reshape(masks.shape[0], masks.shape[1:].numel()) for masks in (a, b))
-        choice = _dispatch.choose("mask_iou", backend, x, y, dtypes=_PACKABLE, slower=_SLOWER)
-        if a.device == b.device and choice != "reference" and not _dispatch.missing("mask_ratio", choice):
-            return _dispatch.call(choice, "mask_ratio", x, y)
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        choice = _plan_ratio(a, b, backend)
+        if choice == "soft":
+            return _iou(*_soft_overlap(a, b))
+        if choice:
+            return _dispatch.call(choice, "mask_ratio", _flat(a), _flat(b))
     return _iou(*mask_overlap(a, b, backend=backend))
+
+
+def _flat(masks: Tensor) -> Tensor:
+    return masks if masks.ndim == 2 else masks.reshape(masks.shape[0], masks.shape[1:].numel())
 
 
 def _iou(intersection: Tensor, area_a: Tensor, area_b: Tensor) -> Tensor:
@@ -95,12 +88,7 @@ def _iou(intersection: Tensor, area_a: Tensor, area_b: Tensor) -> Tensor:
 
 
 def _soft_overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if a.ndim < 2 or b.ndim < 2 or a.shape[1:] != b.shape[1:]:
-        raise ValueError(f"b must be (M, *S) with a's S {tuple(a.shape[1:])}, got shape {tuple(b.shape)}")
-    if a.device != b.device:
-        raise ValueError(f"b is on {b.device} but a on {a.device}")
-    size = a.shape[1:].numel()
-    a, b = a.float().reshape(a.shape[0], size), b.float().reshape(b.shape[0], size)
+    a, b = _flat(a.float()), _flat(b.float())
     return a @ b.T, a.sum(1), b.sum(1)
 
 
@@ -114,6 +102,40 @@ def _packed(name: str, masks: Tensor | PackedMasks, backend: str) -> PackedMasks
         kind = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
         raise TypeError(f"{name} must be a bool tensor or PackedMasks, got {kind}; pack_masks turns logits into bits")
     return pack_masks(masks, backend=backend)
+
+
+@_dispatch.planned
+def _plan_pack(masks: Tensor, backend: str) -> str:
+    if not isinstance(masks, Tensor):
+        raise TypeError(f"masks must be a tensor, got {type(masks).__name__}")
+    if masks.dtype not in (torch.bool, torch.uint8) and not masks.is_floating_point():
+        raise TypeError(f"masks must be bool, uint8 or floating point, got {masks.dtype}")
+    if masks.ndim < 2:
+        raise ValueError(f"masks must be (N, *S), got shape {tuple(masks.shape)}")
+    return _dispatch.choose("mask_iou", backend, masks, dtypes=_PACKABLE, slower=_SLOWER)
+
+
+@_dispatch.planned
+def _plan_overlap(a: Tensor, size_a: int, b: Tensor, size_b: int, backend: str) -> str:
+    if size_a != size_b or a.shape[1] != b.shape[1]:
+        raise ValueError(f"b has masks of {size_b} elements but a of {size_a}")
+    if a.device != b.device:
+        raise ValueError(f"b is on {b.device} but a on {a.device}")
+    return _dispatch.choose("mask_iou", backend, a, b, dtypes=(torch.int64,), slower=_SLOWER)
+
+
+@_dispatch.planned
+def _plan_ratio(a: Tensor, b: Tensor, backend: str) -> str:
+    """The backend that has the ratio as one kernel, "soft" for probabilities, or nothing."""
+    soft = a.is_floating_point() and b.is_floating_point()
+    if soft and (a.ndim < 2 or b.ndim < 2 or a.shape[1:] != b.shape[1:]):
+        raise ValueError(f"b must be (M, *S) with a's S {tuple(a.shape[1:])}, got shape {tuple(b.shape)}")
+    if soft and a.device != b.device:
+        raise ValueError(f"b is on {b.device} but a on {a.device}")
+    if soft or a.dtype != torch.bool or b.dtype != torch.bool or a.shape[1:] != b.shape[1:] or a.ndim < 2 or a.device != b.device:
+        return "soft" if soft else ""
+    choice = _dispatch.choose("mask_iou", backend, a, b, dtypes=_PACKABLE, slower=_SLOWER)
+    return "" if choice == "reference" or _dispatch.missing("mask_ratio", choice) else choice
 
 
 def reference_pack(masks: Tensor) -> Tensor:

@@ -40,17 +40,12 @@ def memory_match(
 
     Raises ValueError for shapes, devices or metric, TypeError for dtypes, naming the argument.
     """
-    _check(embeddings, memory, metric, labels, memory_labels, locations, memory_locations, temperature)
-    batch, (N, C), M = embeddings.shape[:-2], embeddings.shape[-2:], memory.shape[-2]
-    choice = _dispatch.choose("memory_match", backend, embeddings, memory, slower="2 to 5 times", few=math.inf)
-    if choice == "reference" or metric != "bisoftmax":
+    choice = _plan(embeddings, memory, metric, labels, memory_labels, locations, memory_locations, temperature, backend)
+    if choice == "reference":
         scores = reference(embeddings, memory, metric, labels, memory_labels)
     else:
-        B = math.prod(batch)
-        flat = [None if x is None else x.long().reshape(B, x.shape[-1]) for x in (labels, memory_labels)]
-        problems = (x if len(batch) == 1 else x.reshape(B, x.shape[-2], C) for x in (embeddings, memory))
-        scores = _dispatch.call(choice, "memory_match", *problems, *flat)
-        scores = scores if len(batch) == 1 else scores.reshape(*batch, N, M)
+        own, theirs = (labels, memory_labels) if labels is None else (labels.long(), memory_labels.long())
+        scores = _dispatch.call(choice, "memory_match", embeddings, memory, own, theirs)
     if locations is None:
         return scores
     distance = torch.cdist(locations.to(scores.dtype), memory_locations.to(scores.dtype), compute_mode="donot_use_mm_for_euclid_dist")
@@ -151,7 +146,8 @@ def _on_host(scores: Tensor) -> Tensor:
     return scores.detach().to("cpu", torch.float32)
 
 
-def _check(embeddings, memory, metric, labels, memory_labels, locations, memory_locations, temperature) -> None:
+@_dispatch.planned
+def _plan(embeddings, memory, metric, labels, memory_labels, locations, memory_locations, temperature, backend) -> str:
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     if not temperature > 0:
@@ -183,12 +179,13 @@ def _check(embeddings, memory, metric, labels, memory_labels, locations, memory_
                          ("locations", locations), ("memory_locations", memory_locations)):  # fmt: skip
         if tensor is not None and tensor.device != embeddings.device:
             raise ValueError(f"{name} is on {tensor.device} but embeddings on {embeddings.device}")
+    choice = _dispatch.choose("memory_match", backend, embeddings, memory, slower="2 to 5 times", few=math.inf)
+    return choice if metric == "bisoftmax" else "reference"
 
 
 @_dispatch.register_fake("memory_match")
 def _fake(embeddings: Tensor, memory: Tensor, labels: Tensor | None, memory_labels: Tensor | None) -> Tensor:
-    B, N, _ = embeddings.shape
-    return embeddings.new_empty(B, N, memory.shape[1], dtype=torch.float32)
+    return embeddings.new_empty(*embeddings.shape[:-1], memory.shape[-2], dtype=torch.float32)
 
 
 def _save(ctx, inputs, output) -> None:

@@ -44,17 +44,13 @@ def memory_read(
 
     Raises ValueError for shapes, devices or `top_k`, TypeError for dtypes, naming the argument.
     """
-    _check(memory_key, memory_value, query_key, top_k, shrinkage, selection)
-    N, M = memory_key.shape[1], query_key.shape[1]
-    if 0 in (*memory_value.shape, *query_key.shape):
-        read, usage = _empty(memory_value, memory_key, query_key, shrinkage, selection), memory_key.new_zeros(memory_key.shape[:2])
-        return (read, usage.float()) if return_usage else read
-    slower = "20 to 50 times"
-    choice = "reference" if top_k is None else _dispatch.choose("memory_read", backend, memory_key, memory_value, query_key, slower=slower)
-    if top_k is not None and top_k >= N:
-        choice, top_k = "reference", None  # nothing is left out: a dense product is quicker than gathering every row
-    if choice == "reference":
-        read, usage = reference(memory_key, memory_value, query_key, top_k, shrinkage, selection)
+    choice = _plan(memory_key, memory_value, query_key, top_k, shrinkage, selection, backend)
+    N = memory_key.shape[1]
+    if choice == "empty":
+        read, usage = _empty(memory_value, memory_key, query_key, shrinkage, selection), memory_key.new_zeros(memory_key.shape[:2]).float()
+    elif choice == "reference":
+        kept = None if top_k is None or top_k >= N else top_k  # where nothing is left out, a dense product is quicker
+        read, usage = reference(memory_key, memory_value, query_key, kept, shrinkage, selection)
     else:
         dot = shrinkage is not None or selection is not None
         keys = _expanded(memory_key, query_key, shrinkage, selection) if dot else (memory_key, query_key)
@@ -146,9 +142,10 @@ def _empty(memory_value: Tensor, memory_key: Tensor, query_key: Tensor, *others:
     return zero.to(memory_value.dtype).expand(B, O, query_key.shape[1], CV).clone()
 
 
-def _check(
-    memory_key: Tensor, memory_value: Tensor, query_key: Tensor, top_k: int | None, shrinkage: Tensor | None, selection: Tensor | None
-) -> None:
+@_dispatch.planned
+def _plan(
+    memory_key: Tensor, memory_value: Tensor, query_key: Tensor, top_k: int | None, shrinkage: Tensor | None, selection: Tensor | None, backend: str
+) -> str:
     tensors = {"memory_key": (memory_key, 3), "memory_value": (memory_value, 4), "query_key": (query_key, 3)}
     tensors |= {name: (t, d) for name, t, d in (("shrinkage", shrinkage, 2), ("selection", selection, 3)) if t is not None}
     for name, (tensor, dims) in tensors.items():
@@ -173,6 +170,10 @@ def _check(
         raise ValueError(f"selection must have query_key's shape {tuple(query_key.shape)}, got {tuple(selection.shape)}")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, (int, torch.SymInt)) or top_k < 1):
         raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}")
+    if 0 in (*memory_value.shape, *query_key.shape):
+        return "empty"
+    choice = "reference" if top_k is None else _dispatch.choose("memory_read", backend, memory_key, memory_value, query_key, slower="20 to 50 times")
+    return "reference" if top_k is None or top_k >= N else choice
 
 
 @_dispatch.register_fake("memory_read")

@@ -39,12 +39,10 @@ def ms_deform_attn(
     Raises ValueError for shapes and devices, TypeError for dtypes, naming the argument.
     """
     shapes = _sizes(spatial_shapes)
-    _check(value, shapes, sampling_locations=sampling_locations, attention_weights=attention_weights)
-    B, _, H, D = value.shape
-    if 0 in (value.numel(), attention_weights.numel()):
+    choice = _plan(value, shapes, sampling_locations, attention_weights, backend)
+    if choice == "empty":
         return _empty(value, sampling_locations, attention_weights)
     locations, weights = _geometry(value, sampling_locations, attention_weights)
-    choice = _dispatch.choose("ms_deform_attn", backend, value, locations, weights, slower=_SLOWER)
     if choice == "reference":
         return reference(value, shapes, locations, weights)
     return _dispatch.call(choice, "ms_deform_attn", value, _flat(shapes), locations, weights)
@@ -65,12 +63,11 @@ def ms_deform_attn_fused(
     boxes; the weights are the softmax of a head's L * P logits. All else as in `ms_deform_attn`.
     """
     shapes = _sizes(spatial_shapes)
-    _check(value, shapes, reference_points=reference_points, sampling_offsets=sampling_offsets, attention_logits=attention_logits)
-    if 0 in (value.numel(), attention_logits.numel()):
+    choice = _plan_fused(value, shapes, reference_points, sampling_offsets, attention_logits, backend)
+    if choice == "empty":
         return _empty(value, reference_points, sampling_offsets, attention_logits)
     (points,) = _geometry(value, reference_points)
     offsets, logits = _geometry(value, sampling_offsets, attention_logits)
-    choice = _dispatch.choose("ms_deform_attn", backend, value, points, offsets, logits, slower=_SLOWER)
     if choice == "reference":
         return reference_fused(value, shapes, points, offsets, logits)
     return _dispatch.call(choice, "ms_deform_attn_fused", value, _flat(shapes), points, offsets, logits)
@@ -143,6 +140,22 @@ def _empty(value: Tensor, *geometry: Tensor) -> Tensor:
     zero = sum(t.flatten()[:0].sum() for t in (value, *geometry))  # keeps the graph of the inputs
     B, _, H, D = value.shape
     return zero.to(value.dtype).expand(B, geometry[0].shape[1], H * D).clone()
+
+
+@_dispatch.planned
+def _plan(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor, backend: str) -> str:
+    _check(value, shapes, sampling_locations=locations, attention_weights=weights)
+    return _choose(backend, value, *_geometry(value, locations, weights))
+
+
+@_dispatch.planned
+def _plan_fused(value: Tensor, shapes: list[tuple[int, int]], points: Tensor, offsets: Tensor, logits: Tensor, backend: str) -> str:
+    _check(value, shapes, reference_points=points, sampling_offsets=offsets, attention_logits=logits)
+    return _choose(backend, value, *_geometry(value, points), *_geometry(value, offsets, logits))
+
+
+def _choose(backend: str, value: Tensor, *geometry: Tensor) -> str:
+    return "empty" if 0 in (value.numel(), geometry[-1].numel()) else _dispatch.choose("ms_deform_attn", backend, value, *geometry, slower=_SLOWER)
 
 
 def _check(value: Tensor, shapes: list[tuple[int, int]], **geometry: Tensor) -> None:

@@ -26,17 +26,14 @@ def point_sample(
 
     Raises ValueError for shapes and devices, TypeError for dtypes, naming the argument.
     """
-    _check(masks, points)
-    N, *T, H, W = masks.shape
-    K = points.shape[-2]
-    planes = masks.reshape(N, masks.shape[1:-2].numel(), H, W)
-    choice = _dispatch.choose("point_sample", backend, planes, dtypes=_DTYPES, slower="3 to 10 times", few=1 << 15)
+    choice = _plan(masks, points, backend)
+    planes = masks if masks.ndim == 4 else masks.reshape(masks.shape[0], masks.shape[1:-2].numel(), *masks.shape[-2:])
     if choice == "reference":
         samples = reference(planes, points)
     else:
-        sets = points.detach().float().reshape(-1 if points.ndim == 2 else N, K, 2) if K else points.new_empty(1, 0, 2, dtype=torch.float32)
-        samples = _dispatch.call(choice, "point_sample", planes, sets)
-    return samples.reshape(N, *T, K)
+        sets = points.detach() if points.ndim == 3 else points.detach()[None]
+        samples = _dispatch.call(choice, "point_sample", planes, sets.float())
+    return samples if masks.ndim == 4 else samples.reshape(*masks.shape[:-2], points.shape[-2])
 
 
 def reference(masks: Tensor, points: Tensor) -> Tensor:
@@ -49,7 +46,8 @@ def reference(masks: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(masks, grid, align_corners=False)[..., 0]
 
 
-def _check(masks: Tensor, points: Tensor) -> None:
+@_dispatch.planned
+def _plan(masks: Tensor, points: Tensor, backend: str) -> str:
     for name, tensor in (("masks", masks), ("points", points)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -63,6 +61,7 @@ def _check(masks: Tensor, points: Tensor) -> None:
         raise ValueError(f"points must be (K, 2) or (N={masks.shape[0]}, K, 2), got shape {tuple(points.shape)}")
     if points.device != masks.device:
         raise ValueError(f"points is on {points.device} but masks on {masks.device}")
+    return _dispatch.choose("point_sample", backend, masks, dtypes=_DTYPES, slower="3 to 10 times", few=1 << 15)
 
 
 @_dispatch.register_fake("point_sample")

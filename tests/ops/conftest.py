@@ -54,9 +54,12 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture(autouse=True)
-def kernels_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels_at_any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small problems with gradients go to our kernels too, which `auto` leaves to PyTorch for speed."""
     monkeypatch.setattr(_dispatch, "_is_small", lambda *_: False)
+    _dispatch.forget()
+    yield
+    _dispatch.forget()
 
 
 @pytest.fixture(autouse=True)
