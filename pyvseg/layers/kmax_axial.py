@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pyvseg.layers.normed import BATCH_NORM, LinearBN
 from pyvseg.layers.packed import Linear
+from pyvseg.ops import axial_attention
 
 REACH = 254  # the tables know relative positions up to this distance
 HEADS = 8
@@ -22,12 +23,12 @@ class AxialAttention(nn.Module):
         self.width_axis = AxisAttention(value, key, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.height_axis(x.permute(0, 3, 2, 1))  # (B, W, H, C)
-        return self.width_axis(x.transpose(1, 2)).permute(0, 3, 1, 2)
+        x = self.height_axis(x.permute(0, 2, 3, 1), 1)
+        return self.width_axis(x, 2).permute(0, 3, 1, 2)
 
 
 class AxisAttention(nn.Module):
-    """Self-attention within each sequence of (B, S, L, C) -> (B, S, L, value).
+    """Self-attention within the columns (axis 1) or rows (axis 2) of (B, H, W, C) -> (B, H, W, value).
 
     The similarity of query l and key m is the sum of three batch-normed products: q.k, and of either with a learned vector for
     the distance m - l; nothing is divided by the square root of the depth. What is read is the values and, likewise, learned
@@ -42,7 +43,10 @@ class AxisAttention(nn.Module):
         self.similarity_norm = nn.BatchNorm2d(3 * HEADS, **BATCH_NORM)
         self.output_norm = nn.BatchNorm1d(2 * value, **BATCH_NORM)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, axis: int) -> Tensor:
+        return self._within_rows(x) if axis == 2 else self._within_rows(x.transpose(1, 2)).transpose(1, 2)
+
+    def _within_rows(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (HEADS, -1)) for part in self.qkv(x).split(self.depths, -1))  # (B, S, L, heads, depth)
         distance = distances(x.shape[2], x.device)
         products = [
@@ -62,7 +66,7 @@ class AxisAttention(nn.Module):
 
 
 class _FastAxisAttention(nn.Module):
-    """`AxisAttention` with its norms folded into the projection and into factors of heads and channels.
+    """`AxisAttention` with its norms folded into the projection and into the scales of `axial_attention`.
 
     The shift of the similarity norm is the same for all keys, so softmax does not see it. Weights sum to 1, so the shift of
     the output norm goes into the values.
@@ -70,7 +74,7 @@ class _FastAxisAttention(nn.Module):
 
     def __init__(self, attention: AxisAttention) -> None:
         super().__init__()
-        key, _, value = self.depths = attention.depths
+        key, _, value = attention.depths
         self.query_rpe, self.key_rpe, self.value_rpe = attention.query_rpe, attention.key_rpe, attention.value_rpe
         (similarity, _), (output, shift) = _affine(attention.similarity_norm), _affine(attention.output_norm)
         qkv = attention.qkv.conv
@@ -79,40 +83,11 @@ class _FastAxisAttention(nn.Module):
         bias[2 * key :] += shift.unflatten(0, (2, -1)).sum(0)
         qkv.bias = nn.Parameter(bias, requires_grad=False)
         self.qkv = Linear(qkv)
-        content, query, key = similarity.view(3, HEADS, 1)
-        self.register_buffer("content", content)  # of the products of queries and keys, by head
-        self.register_buffer("factors", torch.stack([query, key]))  # of their products with the tables
-        self.register_buffer("position", output[value:].view(HEADS, -1))  # of what is read from the table
-        self._tables: dict[int, list[Tensor]] = {}
+        self.register_buffer("scales", similarity.view(3, HEADS))
+        self.register_buffer("value_scale", output[value:].view(HEADS, -1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        (B, S, L, _), dtype = x.shape, x.dtype
-        x = self.qkv(x)
-        if x.device.type == "cpu":
-            x = x.float()  # batched products of bfloat16 are several times slower there
-        q, k, v = (part.reshape(B * S, L, HEADS, -1) for part in x.split(self.depths, -1))
-        query_table, key_table, value_table = self._tables_of(L, x.dtype)
-        by_head = lambda t: t.transpose(1, 2).reshape(B * S * HEADS, L, -1)  # noqa: E731
-        by_place = lambda t: t.transpose(0, 1).reshape(L, B * S * HEADS, -1)  # noqa: E731
-        similarity = by_head(q * self.content) @ by_head(k).mT
-        similarity += (by_place(q * self.factors[0]) @ query_table).transpose(0, 1)
-        similarity += (by_place(k * self.factors[1]) @ key_table).permute(1, 2, 0)
-        weight = similarity.softmax(-1)
-        content = (weight @ by_head(v)).view(B, S, HEADS, L, -1).transpose(2, 3)
-        position = (weight.transpose(0, 1) @ value_table).view(L, B, S, HEADS, -1).permute(1, 2, 0, 3, 4)
-        return torch.addcmul(content, position, self.position).flatten(3).to(dtype)
-
-    def _tables_of(self, length: int, dtype: torch.dtype) -> list[Tensor]:
-        """For the places l of the first axis: queries' (L, d, M), keys' by their own place (M, d, L), values' (L, M, d)."""
-        if length not in self._tables:
-            distance = distances(length, self.query_rpe.device)
-            query, key, value = (table[distance].to(dtype) for table in (self.query_rpe, self.key_rpe, self.value_rpe))
-            self._tables = {length: [query.mT.contiguous(), key.permute(1, 2, 0).contiguous(), value]}
-        return self._tables[length]
-
-    def _apply(self, *args, **kwargs) -> nn.Module:
-        self._tables = {}
-        return super()._apply(*args, **kwargs)
+    def forward(self, x: Tensor, axis: int) -> Tensor:
+        return axial_attention(self.qkv(x), self.query_rpe, self.key_rpe, self.value_rpe, self.scales, self.value_scale, axis)
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,13 @@ class Draw:
         return torch.full(t.shape, self.pick((100.0, -100.0, 2.0**30)), dtype=torch.float64).to(t.dtype)
 
 
+def axial_attention(d: Draw) -> dict:
+    B, H, W, heads, K, V, R = d.size(1, 2, 0), *d.sizes(2), d.size(1, 2, 3), d.size(1, 4, 5, 17, 0), d.size(1, 2, 6, 17, 0), d.size(33, 40, 2)
+    tables = {f"{name}_table": d.tensor(2 * R + 1, depth) for name, depth in (("query", K), ("key", K), ("value", V))}
+    scales = dict(scales=d.tensor(3, heads), value_scale=d.tensor(heads, V))
+    return dict(qkv=d.tensor(B, H, W, heads * (2 * K + V)), **tables, **scales, axis=d.pick((1, 2)))
+
+
 def conv3x3(d: Draw) -> dict:
     N, I, O, H, W = d.size(1, 2, 0), d.size(1, 3, 33), d.size(1, 3, 33), d.size(), d.size()
     weight = ops.conv3x3_weight(torch.randn(O, I, 3, 3))
@@ -181,7 +188,7 @@ def mask_winners(d: Draw) -> dict:
 
 RECIPES = {
     recipe.__name__: recipe
-    for recipe in (conv3x3, greedy_assignment, kernel_update, kmeans_assign, kmeans_attn, kmeans_pool, mask_costs, mask_iou,
+    for recipe in (axial_attention, conv3x3, greedy_assignment, kernel_update, kmeans_assign, kmeans_attn, kmeans_pool, mask_costs, mask_iou,
                    mask_pool, mask_winners, memory_match, memory_read, ms_deform_attn, ms_deform_attn_fused, pack_masks, point_sample)
 } | {"hungarian_assignment": greedy_assignment}  # fmt: skip
 
