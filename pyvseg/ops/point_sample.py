@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bilinear samples of masks at points, as PointRend and Mask2Former take them for costs and losses."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,7 @@ from pyvseg.ops import _dispatch
 
 __all__ = ["point_sample"]
 
+_FEW = 1 << 10  # samples whose gradient PyTorch is quicker at, whatever the size of the masks
 _DTYPES = (*_dispatch.DTYPES, torch.bool)
 
 
@@ -61,7 +64,8 @@ def _plan(masks: Tensor, points: Tensor, backend: str) -> str:
         raise ValueError(f"points must be (K, 2) or (N={masks.shape[0]}, K, 2), got shape {tuple(points.shape)}")
     if points.device != masks.device:
         raise ValueError(f"points is on {points.device} but masks on {masks.device}")
-    return _dispatch.choose("point_sample", backend, masks, dtypes=_DTYPES, slower="3 to 10 times", few=1 << 15)
+    few = math.inf if masks.shape[:-2].numel() * points.shape[-2] <= _FEW else 0
+    return _dispatch.choose("point_sample", backend, masks, dtypes=_DTYPES, slower="3 to 10 times", few=few)
 
 
 @_dispatch.register_fake("point_sample")

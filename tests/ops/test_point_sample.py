@@ -64,9 +64,25 @@ def test_pixel_centres_and_outside(isa):
 
 
 def test_no_infinity_from_beyond_the_border():
-    masks = torch.full((1, 2, 2), float("inf"))
-    masks[0, 0, 0] = 1.0
-    assert point_sample(masks, torch.tensor([[0.0, 0.0]])).item() == 0.25
+    for corner, at in (((0, 0), [0.0, 0.0]), ((2, 2), [1.0, 1.0]), ((0, 2), [1.0, 0.0])):
+        masks = torch.full((1, 3, 3), float("inf"))
+        masks[(0, *corner)] = 1.0
+        assert point_sample(masks, torch.tensor([at])).item() == 0.25
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bool])
+@pytest.mark.parametrize("size", [(12, 30), (40, 1), (1, 40), (2, 2)])
+def test_strides_are_read_in_place_or_copied(isa, dtype, size):
+    height, width = size
+    dense = torch.randn(3, 2, height, width)
+    dense = dense > 0 if dtype == torch.bool else dense.to(dtype)
+    room = dense.new_zeros(3, height, 2, 2 * width)
+    room[..., ::2] = dense.transpose(1, 2)
+    for few in (1, 5, 200):
+        points = around(few)
+        expected = point_sample(dense, points)
+        for strided in (dense.mT.contiguous().mT, room[..., ::2].transpose(1, 2), dense[:, :1].expand(-1, 2, -1, -1)):
+            assert torch.equal(point_sample(strided, points), expected if strided.stride(1) else expected[:, :1].expand(-1, 2, -1))
 
 
 @pytest.mark.parametrize("n, t, size, k", [(0, 2, (4, 5), 7), (2, 0, (4, 5), 7), (2, 3, (0, 5), 7), (2, 3, (4, 5), 0)])
