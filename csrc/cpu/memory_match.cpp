@@ -8,8 +8,9 @@
 namespace pyvseg::memory_match {
 
 struct Match {
-  const void *embeddings, *memory;  // (N, C), (M, C), contiguous, of one problem
+  const void *embeddings, *memory;  // (N, C), (M, C) of one problem
   int64_t N, M, C;
+  int64_t e_row, e_channel, m_row, m_channel;  // strides of both in elements
   const int64_t *labels, *memory_labels;  // (N), (M), or null
   float* scores;            // (N, M), the result
   float *products, *by_row; // (N, stride): of embeddings and memory, their softmax over the memory
@@ -50,18 +51,19 @@ constexpr int kTile = 2;
 
 template <typename T>
 void panel_of(const Match& m, int64_t block) {
-  const T* from = (const T*)m.memory + block * kLanes * m.C;
+  const T* from = (const T*)m.memory + block * kLanes * m.m_row;
   const int64_t count = m.M - block * kLanes < kLanes ? m.M - block * kLanes : kLanes;
   float* to = m.panels + block * kLanes * m.C;
   int64_t c = 0;
-  for (; count == kLanes && c + kLanes <= m.C; c += kLanes) {
+  for (; m.m_row == 1 && c < m.C; ++c) store(to + c * kLanes, load_some(from + c * m.m_channel, count));
+  for (; m.m_channel == 1 && count == kLanes && c + kLanes <= m.C; c += kLanes) {
     vuint square[kLanes];
-    for (int j = 0; j < kLanes; ++j) square[j] = (vuint)load(from + j * m.C + c);
+    for (int j = 0; j < kLanes; ++j) square[j] = (vuint)load(from + j * m.m_row + c);
     transpose(square);
     for (int i = 0; i < kLanes; ++i) store(to + (c + i) * kLanes, (vfloat)square[i]);
   }
   for (; c < m.C; ++c)
-    for (int64_t j = 0; j < kLanes; ++j) to[c * kLanes + j] = j < count ? load1(from + j * m.C + c) : 0.0f;
+    for (int64_t j = 0; j < kLanes; ++j) to[c * kLanes + j] = j < count ? load1(from + j * m.m_row + c * m.m_channel) : 0.0f;
 }
 void panels(const Match& m, int64_t begin, int64_t end) {
   const int64_t stop = end * kMostLanes < m.M ? end * kMostLanes : m.M;
@@ -87,7 +89,7 @@ PYVSEG_INLINE void tile(const Match& m, const T* embeddings, int64_t row, int64_
     for (int v = 0; v < V; ++v) tracks[v] = load(panel + (v * m.C + c) * kLanes);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const vfloat e = splat(load1(embeddings + r * m.C + c));
+      const vfloat e = splat(load1(embeddings + r * m.e_row + c * m.e_channel));
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) total[r][v] += e * tracks[v];
     }
@@ -102,7 +104,7 @@ PYVSEG_INLINE void tile(const Match& m, const T* embeddings, int64_t row, int64_
 }
 template <int R, typename T>
 void products(const Match& m, int64_t row) {
-  const T* embeddings = (const T*)m.embeddings + row * m.C;
+  const T* embeddings = (const T*)m.embeddings + row * m.e_row;
   const int64_t blocks = (m.M + kLanes - 1) / kLanes;
   for (int64_t first = 0; first == 0 || first < m.C; first += kChannels) {
     const int64_t end = first + kChannels < m.C ? first + kChannels : m.C;
@@ -218,6 +220,9 @@ const char* at(const Tensor& t, int64_t elements) {
   return static_cast<const char*>(t.const_data_ptr()) + elements * bytes_of(number_of(t));
 }
 
+// One problem is read with any strides.
+Tensor readable(const Tensor& t) { return t.dim() == 2 ? t : dense(t); }
+
 // embeddings (*B, N, C) and memory (*B, M, C) of one dtype; labels (*B, N) and (*B, M) int64, or neither -> (*B, N, M) float32
 Tensor memory_match(const Tensor& embeddings, const Tensor& memory, const std::optional<Tensor>& labels,
                     const std::optional<Tensor>& memory_labels) {
@@ -226,7 +231,7 @@ Tensor memory_match(const Tensor& embeddings, const Tensor& memory, const std::o
   int64_t B = 1;
   for (int64_t d = 0; fit && d < dims - 2; B *= embeddings.size(d++)) fit = embeddings.size(d) == memory.size(d);
   STD_TORCH_CHECK(fit, "memory_match: need (*B, N, C) and (*B, M, C)");
-  const Tensor e = dense(embeddings), m = dense(memory);
+  const Tensor e = readable(embeddings), m = readable(memory);
   const int64_t N = e.size(-2), M = m.size(-2), C = e.size(-1);
   std::vector<int64_t> shape(e.sizes().begin(), e.sizes().end());
   shape.back() = M;
@@ -245,7 +250,7 @@ Tensor memory_match(const Tensor& embeddings, const Tensor& memory, const std::o
   float* aligned = room.get() + (-reinterpret_cast<uintptr_t>(room.get()) % 64) / sizeof(float);  // vectors within cache lines
   const Kernels& kernel = kernels();
   for (int64_t b = 0; b < B; ++b) {
-    const Match match{at(e, b * N * C), at(m, b * M * C), N, M, C,
+    const Match match{at(e, b * N * C), at(m, b * M * C), N, M, C, e.stride(-2), e.stride(-1), m.stride(-2), m.stride(-1),
                       labels.has_value() ? own.const_data_ptr<int64_t>() + b * N : nullptr,
                       labels.has_value() ? theirs.const_data_ptr<int64_t>() + b * M : nullptr,
                       scores.mutable_data_ptr<float>() + b * N * M, aligned, aligned + N * stride, stride, aligned + rows, number};

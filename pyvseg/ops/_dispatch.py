@@ -241,7 +241,7 @@ def call(choice: str, op: str, *args):
     library = _libraries[choice]
     if torch.is_grad_enabled() and extension.requires_grad(args):
         function = None if torch._C._are_functorch_transforms_active() else _functions.get((library, op))
-        return function.apply(*_flat(args)) if function else _overload(library, op)(*args)
+        return function.apply(*(_flat(args) if function.lists else args)) if function else _overload(library, op)(*args)
     with _below_autograd():
         return _overload(library, op)(*args)
 
@@ -334,9 +334,12 @@ def _differentiate(library: str, op: str) -> None:
     torch.library.register_autograd(f"{library}::{op}", backward, setup_context=setup_context)
 
     class Direct(torch.autograd.Function):
+        lists = "Tensor[]" in schema(op)
+
         @staticmethod
-        def forward(ctx, *flat):  # a setup_context of its own takes PyTorch longer than a small op
-            inputs = _unflat(flat)
+        def forward(ctx, *inputs):  # a setup_context of its own takes PyTorch longer than a small op
+            if Direct.lists:
+                inputs = _unflat(inputs)
             with _below_autograd():
                 output = _overload(library, op)(*inputs)
             setup_context(ctx, inputs, output)
@@ -345,6 +348,8 @@ def _differentiate(library: str, op: str) -> None:
         @staticmethod
         def backward(ctx, *grads):
             given = backward(ctx, *grads)
+            if not Direct.lists:
+                return given
             return *(each for x in given for each in (x if isinstance(x, list) else [x])), None
 
     _functions[library, op] = Direct

@@ -5,6 +5,7 @@ Each position joins the one cluster of its largest logit, and each cluster sums 
 one-hot matrix of the published formulation nor, unless they are asked for, the logits are ever stored.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from pyvseg.ops import _dispatch
 __all__ = ["KMeansAttn", "KMeansPool", "kmeans_assign", "kmeans_attn", "kmeans_pool"]
 
 _SLOWER = "3 to 8 times"
-_FEW = 1 << 10  # numbers whose gradient PyTorch is quicker at
+_FEW = 32  # positions whose gradient PyTorch is quicker at
 
 
 class KMeansAttn(NamedTuple):
@@ -174,7 +175,7 @@ def _plan(
     _check_reduction(reduction)
     _check_per_cluster("scale", scale, clusters)
     _check_per_cluster("bias", bias, clusters)
-    return _dispatch.choose("kmeans_attn", backend, pixel, value, slower=_SLOWER, few=_FEW)
+    return _dispatch.choose("kmeans_attn", backend, pixel, value, slower=_SLOWER, few=_few(value))
 
 
 @_dispatch.planned
@@ -199,7 +200,11 @@ def _plan_pool(value: Tensor, assign: Tensor, clusters: int, frames: int, reduct
         raise ValueError(f"clusters must be in 0..2^31-2, got {clusters}")
     if frames < 1 or value.shape[0] % frames:
         raise ValueError(f"frames must divide value's {value.shape[0]} maps, got {frames}")
-    return _dispatch.choose("kmeans_attn", backend, value, slower=_SLOWER, few=_FEW)
+    return _dispatch.choose("kmeans_attn", backend, value, slower=_SLOWER, few=_few(value))
+
+
+def _few(value: Tensor) -> float:
+    return math.inf if value.shape[0] * value.shape[2:].numel() <= _FEW else 0
 
 
 def _check_per_cluster(name: str, x: Tensor | float | None, clusters: Tensor) -> None:
