@@ -68,13 +68,15 @@ WAYS = {
 
 
 class PublishedAttention(Attention):
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
-        if mask is not None:
-            mask = mask.expand(-1, self.heads, -1, -1).flatten(0, 1)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, masks: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
+        closed = None
+        if masks is not None:
+            closed = (masks.sigmoid() < 0.5)[:, None].expand(-1, self.heads, -1, -1).flatten(0, 1)
+            closed = closed & ~closed.all(-1, keepdim=True)
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         out, _ = F.multi_head_attention_forward(
             query, key, value, query.shape[-1], self.heads, self.in_proj_weight, self.in_proj_bias, None, None, False, 0.0,
-            self.out_proj.weight, self.out_proj.bias, training=False, attn_mask=mask,
+            self.out_proj.weight, self.out_proj.bias, training=False, attn_mask=closed,
         )  # fmt: skip
         return out.transpose(0, 1) if residual is None else residual + out.transpose(0, 1)
 
@@ -100,7 +102,7 @@ class PublishedDecoder(MaskDecoder):
             masks = torch.einsum("bqc,btchw->bqthw", self.mask_embed(queries), maps)
             size = features.levels[i % self.scales].shape[-2:]
             small = F.interpolate(masks.flatten(0, 1), size, mode="bilinear", align_corners=False).unflatten(0, masks.shape[:2])
-            x = layer(x, self.query_embed.weight, *memory[i % self.scales], small.flatten(2).sigmoid() < 0.5)
+            x = layer(x, self.query_embed.weight, *memory[i % self.scales], small.flatten(2))
         yield self.decoder_norm(x)
 
 

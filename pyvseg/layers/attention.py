@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvseg.layers.packed import Linear, packs
+from pyvseg.ops import masked_attn
 
 
 class Attention(nn.Module):
@@ -23,14 +24,14 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, masks: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
         """query (B, N, C), key and value (B, M, C) -> (B, N, C), plus `residual` of that shape.
 
-        mask   broadcastable to (B, 1, N, M), added to the logits
+        masks   (B, N, M) logits: where they are negative a query does not look, unless they are negative everywhere
         """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         projected = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)]
-        out = self.out_proj(_attend(*projected, self.heads, mask))
+        out = self.out_proj(_attend(*projected, self.heads, masks))
         return out if residual is None else residual + out
 
     def for_inference(self) -> nn.Module:
@@ -47,24 +48,22 @@ class _FastAttention(nn.Module):
         self.q, self.k, self.v = (_linear(w, b) for w, b in zip(weights, biases))
         self.out_proj = Linear(attention.out_proj)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
-        return self.out_proj(_attend(self.q(query), self.k(key), self.v(value), self.heads, mask), residual=residual)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, masks: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
+        return self.out_proj(_attend(self.q(query), self.k(key), self.v(value), self.heads, masks), residual=residual)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, masks: Tensor | None) -> Tensor:
+    if masks is not None:
+        return masked_attn(q, k, v, masks, heads)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     if q.dtype == torch.bfloat16 and packs(q, k):
-        mask = [None] * len(q) if mask is None else mask.expand(len(q), -1, -1, -1)
-        return torch.stack([_attend_by_products(*image) for image in zip(q, k, v, mask)]).transpose(1, 2).flatten(2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return torch.stack([_attend_by_products(*image) for image in zip(q, k, v)]).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """(H, N, D) of one image, mask (1, N, M) added. For bfloat16 on a CPU, where PyTorch's fused attention works in float32: half its time."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(1, 2)
-    if mask is not None:
-        scores += mask
-    return scores.softmax(-1) @ v
+def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(H, N, D) of one image. For bfloat16 on a CPU, where PyTorch's fused attention works in float32: half its time."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(1, 2)).softmax(-1) @ v
 
 
 def _linear(weight: Tensor, bias: Tensor) -> Linear:

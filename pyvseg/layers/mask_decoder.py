@@ -38,13 +38,12 @@ class DecoderLayer(nn.Module):
         self.self_attn, self.self_norm = Attention(width, heads), nn.LayerNorm(width)
         self.ffn = FeedForward(width, hidden)
 
-    def forward(self, x: Tensor, query_embed: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None = None) -> Tensor:
-        """x (B, Q, C), key and value (B, M, C), blocked (B, Q, M) bool: where a query must not look -> (B, Q, C).
+    def forward(self, x: Tensor, query_embed: Tensor, key: Tensor, value: Tensor, masks: Tensor | None = None) -> Tensor:
+        """x (B, Q, C), key and value (B, M, C), masks (B, Q, M) logits -> (B, Q, C).
 
-        A query that is blocked everywhere looks everywhere.
+        A query looks where its mask is not negative, or everywhere.
         """
-        mask = None if blocked is None else _mask(blocked, x.dtype)[:, None]
-        x = self.cross_norm(self.cross_attn(x + query_embed, key, value, mask, residual=x))
+        x = self.cross_norm(self.cross_attn(x + query_embed, key, value, masks, residual=x))
         placed = x + query_embed
         x = self.self_norm(self.self_attn(placed, placed, x, residual=x))
         return self.ffn(x)
@@ -96,7 +95,7 @@ class MaskDecoder(nn.Module):
             queries = self.decoder_norm(x)
             yield queries
             scale = i % self.scales
-            x = layer(x, self.query_embed.weight, *memory[scale], self._blocked(queries, small[scale]))
+            x = layer(x, self.query_embed.weight, *memory[scale], self._masks(queries, small[scale]))
         yield self.decoder_norm(x)
 
     def _frames(self, features: PixelFeatures, clips: int) -> int | None:
@@ -108,13 +107,13 @@ class MaskDecoder(nn.Module):
         return Prediction(queries, self.class_embed(queries), logits.unflatten(2, masks.shape[2:]))
 
     @torch.no_grad()
-    def _blocked(self, queries: Tensor, small: Tensor) -> Tensor:
-        """(B, Q, M) True where the queries' masks, at the size of the level, are off.
+    def _masks(self, queries: Tensor, small: Tensor) -> Tensor:
+        """(B, Q, M) the queries' masks at the size of the level.
 
         Published is the resizing of every query's mask. Both steps are linear, so resizing the mask features gives the
         same for a hundredth of the work.
         """
-        return products(self.mask_embed(queries), small) < 0
+        return products(self.mask_embed(queries), small)
 
     def _memory(self, level: Tensor, index: int, frames: int | None) -> tuple[Tensor, Tensor]:
         """Keys and values (B, T * h * w, C) of one level."""
@@ -123,12 +122,6 @@ class MaskDecoder(nn.Module):
         code = (height, width, x.shape[1], x.device, x.dtype)
         value = x.flatten(2).transpose(1, 2).unflatten(0, (-1, frames or 1)).flatten(1, 2) + self.level_embed.weight[index]
         return value + (sine_code_3d(frames, *code) if self.joint else sine_code_2d(*code)), value
-
-
-def _mask(blocked: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, Q, M) bool -> what is added to the logits of attention."""
-    zero, out = (torch.full((), x, dtype=dtype, device=blocked.device) for x in (0.0, -torch.inf))
-    return torch.where(blocked & ~blocked.all(-1, keepdim=True), out, zero)
 
 
 def _by_clip(maps: Tensor, frames: int | None) -> Tensor:

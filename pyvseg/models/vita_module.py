@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from pyvseg.layers.attention import MLP, Attention, FeedForward
 from pyvseg.layers.mask_decoder import DecoderLayer
 
-_FAR = -1000.0  # what is added to logits across the ends of the video; finite, as published: rows of padding see all alike
-
 
 class EncoderLayer(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int) -> None:
@@ -19,9 +17,9 @@ class EncoderLayer(nn.Module):
         self.attn, self.norm = Attention(width, heads), nn.LayerNorm(width)
         self.ffn = FeedForward(width, hidden)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, N, C), mask (B, 1, N, N) added to the logits."""
-        return self.ffn(self.norm(self.attn(x, x, x, mask, residual=x)))
+    def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """x (B, N, C), masks (B, N, N): a token does not look where they are negative."""
+        return self.ffn(self.norm(self.attn(x, x, x, masks, residual=x)))
 
 
 class VideoModule(nn.Module):
@@ -90,21 +88,24 @@ def _windows(layer: nn.Module, x: Tensor, frames: int, window: int, shift: int) 
     x = x.unflatten(1, (-1, window)).flatten(2, 3)  # (B, windows, tokens, C)
     count = x.shape[1]
     outer = [0, count - 1] if count > 1 else [0]
-    mask = _outer_mask(frames, count, window, shift, x.device)[outer].to(x.dtype)
-    mask = mask.repeat_interleave(per_frame, 1).repeat_interleave(per_frame, 2)
+    masks = _outer_masks(frames, count, window, shift, x)[outer].repeat_interleave(per_frame, 1).repeat_interleave(per_frame, 2)
     result = torch.empty_like(x)
-    result[:, outer] = layer(x[:, outer].flatten(0, 1), mask.repeat(b, 1, 1)[:, None]).unflatten(0, (b, -1))
+    result[:, outer] = layer(x[:, outer].flatten(0, 1), masks.repeat(b, 1, 1)).unflatten(0, (b, -1))
     if count > 2:
         result[:, 1:-1] = layer(x[:, 1:-1].flatten(0, 1)).unflatten(0, (b, -1))
     return result.unflatten(2, (window, per_frame)).flatten(1, 2)
 
 
-def _outer_mask(frames: int, count: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """(windows, W, W) between frames: what is added to the logits of query frame i and key frame j. Right for outer windows."""
-    padding = (torch.arange(count * window, device=device) >= frames).roll(shift).view(count, window)
-    if not shift:
-        return torch.zeros(count, window, window, device=device).masked_fill(padding[:, None], -torch.inf)
-    wrapped = torch.arange(window, device=device) < shift
-    apart = torch.zeros(count, window, window, dtype=torch.bool, device=device)
-    apart[0] = wrapped[:, None] != wrapped
-    return (apart | padding[:, None] | padding[..., None]) * _FAR
+def _outer_masks(frames: int, count: int, window: int, shift: int, like: Tensor) -> Tensor:
+    """(windows, W, W) between frames, negative where frame i does not look at frame j. Right for outer windows.
+
+    Published are -inf and, in shifted windows, -1000 added to the logits: the same for all rows but those of padding,
+    which nobody looks at.
+    """
+    padding = (torch.arange(count * window, device=like.device) >= frames).roll(shift).view(count, window)
+    closed = padding[:, None].expand(-1, window, -1)
+    if shift:
+        wrapped = torch.arange(window, device=like.device) < shift
+        closed = closed.clone()
+        closed[0] |= wrapped[:, None] != wrapped
+    return -closed.to(like.dtype)

@@ -23,9 +23,9 @@ def encoder_input() -> tuple:
 
 
 def decoder_input() -> tuple:
-    blocked = torch.rand(2, 5, 70) < 0.7
-    blocked[0, 1] = True
-    return torch.randn(2, 5, 32), torch.randn(5, 32), torch.randn(2, 70, 32), torch.randn(2, 70, 32), blocked
+    masks = torch.randn(2, 5, 70) - 0.5
+    masks[0, 1] = -1.0
+    return torch.randn(2, 5, 32), torch.randn(5, 32), torch.randn(2, 70, 32), torch.randn(2, 70, 32), masks
 
 
 BLOCKS = {

@@ -71,15 +71,15 @@ def test_one_frame_clips_and_batches_of_clips(small):
         assert model(x[:1])[-1].masks.shape == (1, 12, 1, 16, 24)
 
 
-def test_a_query_blocked_everywhere_looks_everywhere():
+def test_a_query_whose_mask_is_empty_looks_everywhere():
     torch.manual_seed(0)
     layer = DecoderLayer(32, 4, 64).eval()
     x, embed, memory = torch.randn(1, 3, 32), torch.randn(3, 32), torch.randn(1, 7, 32)
-    blocked = torch.zeros(1, 3, 7, dtype=torch.bool)
-    blocked[0, 1] = True
-    torch.testing.assert_close(layer(x, embed, memory, memory, blocked), layer(x, embed, memory, memory))
-    blocked[0, 1, :3] = False
-    assert not torch.allclose(layer(x, embed, memory, memory, blocked), layer(x, embed, memory, memory))
+    masks = torch.zeros(1, 3, 7)
+    masks[0, 1] = -1.0
+    torch.testing.assert_close(layer(x, embed, memory, memory, masks), layer(x, embed, memory, memory))
+    masks[0, 1, :3] = 1.0
+    assert not torch.allclose(layer(x, embed, memory, memory, masks), layer(x, embed, memory, memory))
 
 
 def test_training_freezes_batch_norms_and_reaches_every_other_parameter(small):

@@ -61,7 +61,7 @@ def test_windows_follow_the_published_masks(frames, window, layer):
         mask[-1, :, window - (count * window - frames) :] = -torch.inf
     else:
         mask = published_mask(frames, count, window, shift)
-    mask = mask.repeat_interleave(4, 1).repeat_interleave(4, 2).repeat(2, 1, 1)[:, None]
+    mask = mask.repeat_interleave(4, 1).repeat_interleave(4, 2).repeat(2, 1, 1)
     windows = x.roll(shift, 1).reshape(2 * count, window * 4, 8)
     expected = video.encoder[layer](windows, mask).reshape(2, -1, 4, 8).roll(-shift, 1)[:, :frames].flatten(1, 2)
     if layer:

@@ -186,10 +186,15 @@ def mask_winners(d: Draw) -> dict:
     return dict(logits=d.tensor(T, N, h, w), rows=next(axes, None), columns=next(axes, None), best=d.pick((1, 2)))
 
 
+def masked_attn(d: Draw) -> dict:
+    B, N, M, H, D = d.size(1, 2, 0), d.size(), d.size(1, 70, 0), d.size(1, 2), d.size()
+    return dict(query=d.tensor(B, N, H * D), key=d.tensor(B, M, H * D), value=d.tensor(B, M, H * D), masks=d.tensor(B, N, M), heads=H)
+
+
 RECIPES = {
     recipe.__name__: recipe
     for recipe in (axial_attention, conv3x3, greedy_assignment, kernel_update, kmeans_assign, kmeans_attn, kmeans_pool, mask_costs, mask_iou,
-                   mask_pool, mask_winners, memory_match, memory_read, ms_deform_attn, ms_deform_attn_fused, pack_masks, point_sample)
+                   mask_pool, mask_winners, masked_attn, memory_match, memory_read, ms_deform_attn, ms_deform_attn_fused, pack_masks, point_sample)
 } | {"hungarian_assignment": greedy_assignment}  # fmt: skip
 
 

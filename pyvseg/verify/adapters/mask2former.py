@@ -96,7 +96,7 @@ def _image_taps(manifest: dict, taps: Taps, bare: Prediction) -> Iterator[tuple]
     yield "tap/decoder.bare.logits", bare.logits.numpy()
     yield "tap/decoder.bare.masks", bare.masks.numpy()[:, :: every(manifest, "masks:")]
     for i, name in enumerate(name for name in taps.calls if name.startswith("decoder.layers.")):
-        yield f"tap/decoder.blocked{i}", np.packbits(taps.inputs(name, 0)[4], axis=-1)
+        yield f"tap/decoder.blocked{i}", np.packbits(taps.inputs(name, 0)[4] < 0, axis=-1)
         yield f"tap/decoder.layer{i}", taps.outputs(name, 0)
 
 
