@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pyvseg.layers.packed import Packed, pack_conv, packed_conv, packs
 
 # (expansion, kernel, stride, output channels) of each inverted residual block, in order; the blocks below stride 16 are left out.
 _BLOCKS = (
@@ -33,6 +36,33 @@ class SameConv2d(nn.Conv2d):
             x = F.pad(x, (total // 2, total - total // 2) * 2)
         return super().forward(x)
 
+    def for_inference(self) -> nn.Module:
+        return _FastSameConv2d(self)
+
+
+class _FastSameConv2d(Packed):
+    """The same convolution; on a CPU by oneDNN, with its weight packed and ReLU6 or an addition in the same pass."""
+
+    def __init__(self, conv: SameConv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, *, relu6: bool = False, residual: Tensor | None = None) -> Tensor:
+        if not packs(x, self.conv.weight):
+            y = self.conv(x)
+            y = y if residual is None else y + residual
+            return F.relu6(y, inplace=True) if relu6 else y
+        symmetric, packed = self.prepared(x.shape, lambda: self._prepare(x.shape))
+        return packed_conv(symmetric, packed, x, residual, "relu6" if relu6 else "none")
+
+    def _prepare(self, size: torch.Size) -> tuple[nn.Conv2d, Tensor]:
+        """With a stride: zero taps before the others make the padding equal on all sides, so that nothing is copied to pad it."""
+        conv, strided = self.conv, int(self.conv.stride[0] > 1)
+        kernel = conv.kernel_size[0] + strided
+        same = nn.Conv2d(conv.in_channels, conv.out_channels, kernel, conv.stride, (kernel - 1) // 2, groups=conv.groups, device="meta")
+        same.weight, same.bias = nn.Parameter(F.pad(conv.weight, (strided, 0, strided, 0)), requires_grad=False), conv.bias
+        return same, pack_conv(same, size)
+
 
 class InvertedResidual(nn.Module):
     def __init__(self, inputs: int, expansion: int, kernel: int, stride: int, outputs: int) -> None:
@@ -48,16 +78,24 @@ class InvertedResidual(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu6(self.bn0(self.conv0(x)), inplace=True) if hasattr(self, "conv0") else x
-        y = F.relu6(self.bn1(self.conv1(y)), inplace=True)
+        y = _relu6(self.conv0, self.bn0, x) if hasattr(self, "conv0") else x
+        y = _relu6(self.conv1, self.bn1, y)
+        if isinstance(self.conv2, _FastSameConv2d):
+            return self.conv2(y, residual=x if self.residual else None)
         y = self.bn2(self.conv2(y))
         return y + x if self.residual else y
+
+
+def _relu6(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """The norm is folded into a fast convolution."""
+    return conv(x, relu6=True) if isinstance(conv, _FastSameConv2d) else F.relu6(norm(conv(x)), inplace=True)
 
 
 class EfficientNetLite0(nn.Module):
     """forward takes (B, inputs, H, W), sides multiples of 16, and returns maps at strides 4, 8, 16 with 24, 40, 112 channels."""
 
     channels = tuple(_BLOCKS[i][3] for i in _STAGE_ENDS)
+    widest = 4 * 6 * 16  # channels that the largest map inside would have at stride 4: it has stride 2
 
     def __init__(self, *, inputs: int = 3) -> None:
         super().__init__()
@@ -67,7 +105,7 @@ class EfficientNetLite0(nn.Module):
         self.blocks = nn.ModuleList(InvertedResidual(before[i], *b) for i, b in enumerate(_BLOCKS))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = F.relu6(self.bn(self.conv(x)), inplace=True)
+        x = _relu6(self.conv, self.bn, x)
         features = []
         for i, block in enumerate(self.blocks):
             x = block(x)

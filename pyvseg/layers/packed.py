@@ -86,18 +86,19 @@ def packs(x: Tensor, weight: Tensor) -> bool:
 
 
 def pack_conv(conv: nn.Conv2d, size: torch.Size, others: Iterable[Tensor] = ()) -> Tensor:
-    """The weight of a convolution without groups for inputs of this size; one of `others`, packed before, where it is laid out
+    """The weight of a convolution for inputs of this size; one of `others`, packed before, where it is laid out
     alike. For an input of another size oneDNN may lay it out anew at every call, which can take three times the convolution."""
     weight = conv.weight.contiguous().to_mkldnn()
-    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, conv.padding, conv.stride, conv.dilation, 1, list(size))
+    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, conv.padding, conv.stride, conv.dilation, conv.groups, list(size))
     layout = torch.ops.mkldnn._get_mkldnn_serialized_md
     return next((other for other in others if torch.equal(layout(other), layout(packed))), packed)
 
 
 def packed_conv(conv: nn.Conv2d, packed: Tensor, x: Tensor, residual: Tensor | None, act: str = "none") -> Tensor:
-    """conv(x) + residual, then `act`: "none", "relu" or, without a residual, "gelu"."""
+    """conv(x) + residual, then `act`: "none", "relu" or, without a residual, "gelu" or "relu6"."""
     residual = residual if residual is None else residual.contiguous(memory_format=torch.channels_last)
     geometry, convolution = (conv.padding, conv.stride, conv.dilation, conv.groups), torch.ops.mkldnn._convolution_pointwise
     if residual is None:
-        return convolution.default(x, packed, conv.bias, *geometry, act, [], "none" if act == "gelu" else "")
+        act, bounds = ("hardtanh", [0.0, 6.0]) if act == "relu6" else (act, [])
+        return convolution.default(x, packed, conv.bias, *geometry, act, bounds, "none" if act == "gelu" else "")
     return convolution.binary(x, residual, packed, conv.bias, *geometry, "add", 1.0, None if act == "none" else act, [], None)

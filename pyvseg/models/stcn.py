@@ -131,7 +131,7 @@ class STCN(nn.Module):
 
     def encode(self, images: Tensor) -> ClipFeatures:
         """Normalised frames (L, 3, H, W), sides multiples of 16 -> features; a few frames at a time."""
-        parts = [vars(self.features(some)) for some in images.split(self._together(images))]
+        parts = [vars(self.features(some)) for some in images.split(self._together(images, getattr(self.key_encoder, "widest", 0)))]
         if len(parts) == 1:
             return ClipFeatures(**parts[0])
         joined = {name: None if x is None else torch.cat([part[name] for part in parts]) for name, x in parts[0].items()}
@@ -184,7 +184,7 @@ class STCN(nn.Module):
             for i, readout in zip(bank.object_ids, self._read(features, bank)):
                 readouts[i] = readout if maps is None else self.icr(readout[None, None], maps)[0, 0]
         ordered = [readouts[i].permute(0, 3, 1, 2) for i in state.object_ids]  # channels last in memory
-        step = self._together(features.images)
+        step = self._together(features.images, self.settings.decoder_widths[1])
         return torch.cat([self._decode(features, ordered, slice(t, t + step)) for t in range(0, len(features.keys), step)], 1)
 
     def link(
@@ -243,9 +243,9 @@ class STCN(nn.Module):
         terms = self.decoder.of_frame(features.thin[frames], features.f8[frames], features.f4[frames])
         return aggregate(torch.stack([self.decoder(readout[frames], terms) for readout in readouts]).sigmoid_())
 
-    def _together(self, images: Tensor) -> int:
+    def _together(self, images: Tensor, channels: int) -> int:
+        """Frames whose map of so many channels at stride 4 is small enough."""
         if images.device.type != "cpu":
             return _GPU_FRAMES
-        channels = max(self.key_encoder.channels[0], self.settings.decoder_widths[1])
-        size = channels * (images.shape[-2] // 4) * (images.shape[-1] // 4) * self.dtype.itemsize
+        size = max(self.key_encoder.channels[0], channels) * (images.shape[-2] // 4) * (images.shape[-1] // 4) * self.dtype.itemsize
         return max(1, _CPU_MAP_BYTES // size)

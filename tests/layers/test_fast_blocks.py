@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pyvseg.layers.attention import MLP, Attention, FeedForward
+from pyvseg.layers.efficientnet_lite import InvertedResidual
 from pyvseg.layers.inference import for_inference
 from pyvseg.layers.kmax_backbones import UnactivatedBottleneck
 from pyvseg.layers.mask_decoder import DecoderLayer
@@ -32,6 +33,9 @@ BLOCKS = {
     "bottleneck": (lambda: Bottleneck(32, 16, 48, 2, False, nn.BatchNorm2d), lambda: (torch.randn(2, 32, 9, 12),)),
     "same width": (lambda: Bottleneck(48, 16, 48, 1, False, nn.BatchNorm2d), lambda: (torch.randn(1, 48, 9, 12),)),
     "activated before": (lambda: UnactivatedBottleneck(32, 16, 48, 1, False, nn.BatchNorm2d), lambda: (torch.randn(1, 32, 9, 12),)),
+    "inverted residual": (lambda: InvertedResidual(16, 6, 5, 1, 16), lambda: (torch.randn(2, 16, 8, 12),)),
+    "inverted residual, stride 2": (lambda: InvertedResidual(16, 6, 3, 2, 24), lambda: (torch.randn(2, 16, 8, 12),)),
+    "inverted residual of 5x5, stride 2": (lambda: InvertedResidual(16, 1, 5, 2, 24), lambda: (torch.randn(2, 16, 8, 12),)),
     "feed-forward": (lambda: FeedForward(32, 64), lambda: (torch.randn(2, 7, 32),)),
     "perceptron": (lambda: MLP(32, 48, 16), lambda: (torch.randn(2, 7, 32),)),
     "attention": (lambda: Attention(32, 4), lambda: (torch.randn(2, 7, 32), *torch.randn(2, 2, 9, 32))),

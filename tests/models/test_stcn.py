@@ -215,3 +215,17 @@ def test_weights_of_another_variant_are_refused(tmp_path):
 def test_a_model_without_bundled_weights_says_where_they_are_published():
     with pytest.raises(PyvsegError, match="s03_pcvos_ytvos.pth"):
         pyvseg.load("pcvos_r50_ytvos")
+
+
+@pytest.mark.parametrize("size, short_side", [((60, 107), 48), ((30, 17), 48), ((1, 1), 16), ((48, 70), None)])
+def test_network_input(size, short_side):
+    """Normalised, resized and padded, against the published order of operations in float64."""
+    geometry = Geometry.of(*size, short_side)
+    images = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
+    mean, std = SMALL.mean, SMALL.std
+    x = torch.from_numpy(images).double().permute(0, 3, 1, 2) / 255
+    x = (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
+    exact = torch.nn.functional.interpolate(x, geometry.resized, mode="bicubic", align_corners=False)
+    found = geometry.frames(images, mean, std, torch.device("cpu"))
+    assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.double(), torch.nn.functional.pad(exact, geometry.padding), rtol=0, atol=2e-5)
