@@ -6,7 +6,9 @@ Every machine sees inputs, weights and OUT under the same paths (a shared file s
 
 from __future__ import annotations
 
+import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from threading import Event
 
 from pyvseg.engine.jobs import Job
 from pyvseg.engine.manifest import Outcome
+from pyvseg.engine.trace import Span, keeps, recording, take
 from pyvseg.errors import OutputError, PyvsegError
 
 _RETRIES = 3  # of a video whose process or machine dies
@@ -36,22 +39,26 @@ class Cluster:
     def __call__(self, jobs: list[Job], recipe, out: Path, stop: Event, tell: Callable[[Outcome], None]) -> dict[str, float]:
         ray = _connect(self.address)
         task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=_RETRIES)(_segment)
-        shared, waiting, under_way = ray.put(recipe), iter(jobs), {}
+        shared, waiting, under_way, busy, spent = ray.put(recipe), iter(jobs), {}, Counter(), 0.0
         try:
             while not stop.is_set():
                 room = int(_AHEAD * max(1, ray.cluster_resources().get("CPU", 0) // self.cpus)) - len(under_way)
                 for job in _first(waiting, room):
-                    under_way[task.remote(job, shared, out.absolute(), self.cpus)] = job
+                    under_way[task.remote(job, shared, out.absolute(), self.cpus, keeps())] = job
                 if not under_way:
                     break
                 for ready in ray.wait(list(under_way), timeout=0.5)[0]:
-                    tell(_outcome(ray, ready, under_way.pop(ready)))
+                    outcome, shares, events = _result(ray, ready, under_way.pop(ready))
+                    tell(outcome)
+                    spent += outcome.seconds
+                    busy.update({name: share * outcome.seconds for name, share in shares.items()})
+                    take(events)
         finally:
             for each in under_way:
                 ray.cancel(each, force=True)
         if stop.is_set():
             raise KeyboardInterrupt
-        return {}
+        return {name: seconds / spent for name, seconds in busy.items()}
 
 
 def _connect(address: str):
@@ -79,18 +86,17 @@ def _first(items: Iterable[Job], count: int) -> list[Job]:
     return [job for _, job in zip(range(count), items)]
 
 
-def _outcome(ray, ready, job: Job) -> Outcome:
+def _result(ray, ready, job: Job) -> tuple[Outcome, dict[str, float], list[Span]]:
     try:
-        result = ray.get(ready)
+        return ray.get(ready)
     except ray.exceptions.RayTaskError as error:
         raise OutputError(str(error.cause)) from None if isinstance(error.cause, OutputError) else error
     except ray.exceptions.RayError as error:  # the process or the machine died too often
-        return Outcome(job.name, str(job.video), f"{job.video}: {type(error).__name__}: {str(error).splitlines()[0]}")
-    return result
+        return Outcome(job.name, str(job.video), f"{job.video}: {type(error).__name__}: {str(error).splitlines()[0]}"), {}, []
 
 
-def _segment(job: Job, recipe, out: Path, cpus: float) -> Outcome:
-    """The task: one video, with the model of the task before if it is the same."""
+def _segment(job: Job, recipe, out: Path, cpus: float, keep: bool) -> tuple[Outcome, dict[str, float], list[Span]]:
+    """The task: one video, with the model of the task before if it is the same. Returns how it ended, busy shares, and spans."""
     import torch
 
     from pyvseg.engine.batch import segment
@@ -100,5 +106,8 @@ def _segment(job: Job, recipe, out: Path, cpus: float) -> Outcome:
         _loaded.clear()
         _loaded[recipe] = recipe.task()
     outcomes: list[Outcome] = []
-    segment([job], _loaded[recipe], out, Event(), outcomes.append)
-    return outcomes[0]
+    with recording(keep) as recorder:
+        busy = segment([job], _loaded[recipe], out, Event(), outcomes.append)
+    host = f"{socket.gethostname()} {os.getpid()}"
+    return outcomes[0], busy, [each._replace(process=host) for each in recorder.events or []]
+

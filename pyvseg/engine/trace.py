@@ -10,8 +10,20 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from pyvseg.video.writer import output_errors
+
+
+class Span(NamedTuple):
+    """A span; `start` in seconds since 1970, so that those of several processes and machines fit together."""
+
+    name: str
+    detail: str
+    process: str | int
+    thread: int
+    start: float
+    length: float
 
 
 class Recorder:
@@ -20,7 +32,8 @@ class Recorder:
     def __init__(self, keep: bool = False) -> None:
         self.seconds: dict[str, float] = {}
         self.started = time.perf_counter()
-        self._events: list[tuple[str, str, int, float, float]] | None = [] if keep else None
+        self.events: list[Span] | None = [] if keep else None
+        self._epoch = time.time() - self.started
         self._lock = threading.Lock()
 
     def restart(self) -> None:
@@ -31,8 +44,8 @@ class Recorder:
     def add(self, name: str, detail: str, start: float, end: float) -> None:
         with self._lock:
             self.seconds[name] = self.seconds.get(name, 0.0) + end - start
-            if self._events is not None:
-                self._events.append((name, detail, threading.get_native_id(), start - self.started, end - start))
+            if self.events is not None:
+                self.events.append(Span(name, detail, os.getpid(), threading.get_native_id(), self._epoch + start, end - start))
 
     def shares(self) -> dict[str, float]:
         """Busy seconds of each name per second since the recorder was made; above 1 where several threads share a stage."""
@@ -41,15 +54,27 @@ class Recorder:
 
     def save(self, path: Path) -> None:
         """Chrome's trace event format, times in microseconds. Raises OutputError."""
-        process = os.getpid()
+        events = self.events or []
+        first = min((each.start for each in events), default=0)
         with output_errors(path), open(path, "w", encoding="utf-8") as out:
-            for n, (name, detail, thread, start, length) in enumerate(self._events or ()):
-                event = {"name": name, "cat": "pyvseg", "ph": "X", "pid": process, "tid": thread, "ts": 1e6 * start, "dur": 1e6 * length}
+            for n, (name, detail, process, thread, start, length) in enumerate(events):
+                event = {"name": name, "cat": "pyvseg", "ph": "X", "pid": process, "tid": thread, "ts": 1e6 * (start - first), "dur": 1e6 * length}
                 out.write(("," if n else '{"traceEvents":[') + json.dumps(event | ({"args": {"video": detail}} if detail else {})) + "\n")
-            out.write("]}\n" if self._events else '{"traceEvents":[]}\n')
+            out.write("]}\n" if events else '{"traceEvents":[]}\n')
 
 
 _recorder: Recorder | None = None
+
+
+def keeps() -> bool:
+    """Whether the spans of this process are remembered."""
+    return _recorder is not None and _recorder.events is not None
+
+
+def take(events: list[Span]) -> None:
+    """Remembers the spans of another process beside one's own."""
+    if keeps():
+        _recorder.events.extend(events)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from threading import Event
 
 from pyvseg.engine.jobs import Job
 from pyvseg.engine.manifest import Outcome
+from pyvseg.engine.trace import keeps, recording, take
 from pyvseg.errors import PyvsegError
 
 _TRIES = 3  # of a video whose process dies
@@ -32,7 +33,7 @@ class _Worker:
     pipe: Connection
     jobs: dict[str, Job] = field(default_factory=dict)  # sent, not yet ended
     room: int = 0  # jobs that it may hold; 0 until its model is loaded
-    told: bool = False  # that no more will come
+    told: str = ""  # "all" when no more will come, "stop" after Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class _Run:
     def _start(self, number: int) -> _Worker:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self.recipe, self.out, number, self.count), name=f"pyvseg-worker-{number}", daemon=True)
+        given = theirs, self.recipe, self.out, number, self.count, keeps()
+        process = context.Process(target=_serve, args=given, name=f"pyvseg-worker-{number}", daemon=True)
         process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -86,9 +88,10 @@ class _Run:
                 job = self.waiting.popleft()
                 worker.jobs[job.name] = job
                 _send(worker, job)
-            if worker.room and not worker.told and (self.stop.is_set() or not self.waiting):
-                worker.told = True
-                _send(worker, "stop" if self.stop.is_set() else None)
+            last = "stop" if self.stop.is_set() else "" if self.waiting else "all"
+            if worker.room and last and worker.told not in (last, "stop"):
+                worker.told = last
+                _send(worker, last)
 
     def _hear(self, worker: _Worker) -> None:
         try:
@@ -105,6 +108,9 @@ class _Run:
             raise news
         elif kind == "busy":
             self.busy.update(news)
+        elif kind == "events":
+            take(news)
+        elif kind == "end":
             self.workers.remove(worker)
             worker.process.join()
 
@@ -135,7 +141,7 @@ def _send(worker: _Worker, message) -> None:
         pass  # it died; `_hear` will notice
 
 
-def _serve(pipe: Connection, recipe, out: Path, number: int, count: int) -> None:
+def _serve(pipe: Connection, recipe, out: Path, number: int, count: int, keep: bool) -> None:
     """The life of a worker process."""
     import torch
 
@@ -152,9 +158,14 @@ def _serve(pipe: Connection, recipe, out: Path, number: int, count: int) -> None
         task = recipe.task()
         # Under way, being finished, and one more, opened ahead: with less, the lanes would wait for a video while the parent waits for them.
         pipe.send(("ready", 2 * task.at_once + 1))
-        pipe.send(("busy", segment(_jobs(pipe, stop), task, out, stop, lambda outcome: pipe.send(("ended", outcome)))))
+        with recording(keep) as recorder:
+            try:
+                pipe.send(("busy", segment(_jobs(pipe, stop), task, out, stop, lambda outcome: pipe.send(("ended", outcome)))))
+            finally:
+                pipe.send(("events", recorder.events or []))
+        pipe.send(("end", None))
     except KeyboardInterrupt:
-        pipe.send(("busy", {}))
+        pipe.send(("end", None))
     except PyvsegError as error:
         pipe.send(("error", error))
     except OSError:
@@ -167,12 +178,11 @@ def _jobs(pipe: Connection, stop: Event) -> Iterator[Job]:
 
     def listen() -> None:
         try:
-            while (message := pipe.recv()) is not None and message != "stop":
-                heard.put(message)
-            if message == "stop":
-                stop.set()
+            while (message := pipe.recv()) != "stop":
+                heard.put(None if message == "all" else message)
         except (EOFError, OSError):  # the parent died: what is under way may end as if by Ctrl-C
-            stop.set()
+            pass
+        stop.set()
         heard.put(None)
 
     threading.Thread(target=listen, daemon=True, name="pyvseg-listen").start()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A batch on a Ray cluster of two nodes, both on this machine, each with processes of its own."""
 
+import json
 import os
 import signal
 import threading
@@ -60,10 +61,12 @@ def test_a_killed_process_and_a_killed_node(clips, tmp_path, undisturbed, cluste
     out, killed = tmp_path / "out", []
     thread = threading.Thread(target=disturb, args=(out, killed, cluster), daemon=True)
     thread.start()
-    report = go(clips, out, StandinRecipe(delay=0.1), execute=Cluster(cluster[0].address))
+    report = go(clips, out, StandinRecipe(delay=0.1), execute=Cluster(cluster[0].address), profile=tmp_path / "trace.json")
     thread.join(30)
     assert len(killed) == 2 and (report.done, report.failed) == (6, [])
-    assert files(out) == undisturbed
+    assert files(out) == undisturbed and 0 < report.busy["model"] <= 1
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {e["args"]["video"] for e in events if "args" in e} == set("abcdef")
 
 
 def test_no_cluster(clips, tmp_path):  # noqa: F811

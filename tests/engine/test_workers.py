@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A batch in several processes."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from multiprocessing import active_children
@@ -11,6 +14,7 @@ import pytest
 
 from pyvseg.engine.workers import Workers
 from pyvseg.errors import OutputError
+from tests.conftest import ROOT
 from tests.engine.standin import StandinRecipe
 from tests.engine.test_batch import clips, files, go, jobs_of, notes, undisturbed  # noqa: F401  (two are fixtures)
 
@@ -26,10 +30,43 @@ def test_two_processes_and_one_killed(clips, tmp_path, undisturbed):  # noqa: F8
         os.kill(killed[0], signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
-    report = go(clips, out, StandinRecipe(delay=0.01), execute=Workers(2))
+    report = go(clips, out, StandinRecipe(delay=0.01), execute=Workers(2), profile=tmp_path / "trace.json")
     assert killed and (report.done, report.failed, report.frames) == (6, [], 64)
     assert files(out) == undisturbed and {"decode", "model", "write"} <= set(report.busy)
     assert not active_children()
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert os.getpid() not in {e["pid"] for e in events}  # and what the dead one did is not known
+    assert {"decode", "model", "write"} <= {e["name"] for e in events} and min(e["ts"] for e in events) == 0
+
+
+RUN = """
+import sys
+from pathlib import Path
+from pyvseg.engine.output import Interrupted
+from pyvseg.engine.workers import Workers
+from tests.engine.standin import StandinRecipe
+from tests.engine.test_batch import go
+try:
+    go(Path(sys.argv[1]), Path(sys.argv[2]), StandinRecipe(delay=0.03), execute=Workers(2))
+except Interrupted as stopped:
+    print(stopped)
+"""
+
+
+def test_ctrl_c(clips, tmp_path, undisturbed):  # noqa: F811
+    """It reaches all processes of the group, as in a terminal; every one suspends what it is at."""
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", RUN, str(clips), str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and len(list((out / "unfinished").glob("*/masks/*.png"))) < 8:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "videos are finished and kept" in told
+    kept = len([note for note in notes(out) if note["status"] == "done"])
+    assert list((out / "unfinished").glob("*/state-*"))
+    report = go(clips, out, StandinRecipe(delay=0.03))
+    assert (report.before, report.done) == (kept, 6 - kept) and report.frames < 64
+    assert files(out) == undisturbed
 
 
 def test_failures_are_told(clips, tmp_path):  # noqa: F811
