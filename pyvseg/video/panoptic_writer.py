@@ -150,6 +150,10 @@ class PanopticOverlayWriter(OverlayWriter):
         super().write(FrameResult(result.index, result.name, result.image, labels, tuple(colours.values()), captions))
 
     def _colour(self, value: int) -> int:
-        """1 to 255: far apart for neighbouring categories and ids."""
-        category, instance = divmod(value, self.classes.divisor)
-        return 1 + (97 * category + 31 * instance * (category in self.classes.things)) % 255
+        category = self.classes.category(value)
+        return segment_colour(value, category, category in self.classes.things)
+
+
+def segment_colour(value: int, category: int, is_thing: bool) -> int:
+    """A place in the palette, 1 to 255: far apart for neighbouring categories and, with a divisor of 10000, ids."""
+    return 1 + (177 * category + 31 * value if is_thing else 97 * category) % 255

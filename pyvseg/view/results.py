@@ -12,6 +12,7 @@ import av
 
 from pyvseg.errors import VideoError
 from pyvseg.video.palette import PALETTE
+from pyvseg.video.panoptic_writer import segment_colour
 
 BUCKETS = 48  # cells of the bar that shows when an object is there
 
@@ -21,10 +22,11 @@ class Entry:
     """The files of one video; what was not written is None."""
 
     name: str
-    tracks: Path | None = None  # JSON list of objects with COCO RLE
+    tracks: Path | None = None  # JSON list of objects with COCO RLE, or the segments of each frame
     overlay: Path | None = None
     masks: Path | None = None  # folder of PNGs
     error: str | None = None  # why there are no results
+    classes: Path | None = None  # pred.json, whose first line names the classes of segments
 
     @property
     def strip(self) -> Path | None:
@@ -72,9 +74,9 @@ def find(root: Path) -> list[Entry]:
 
 
 def _entry(name: str, folder: Path) -> Entry | None:
-    tracks = next((path for path in (folder / "results.json", folder / "masks.json") if path.is_file()), None)
+    tracks = next((path for path in (folder / "results.json", folder / "masks.json", folder / "segments.json") if path.is_file()), None)
     overlay, masks = folder / "overlay.mp4", folder / "masks"
-    entry = Entry(name, tracks, overlay if overlay.is_file() else None, masks if masks.is_dir() else None)
+    entry = Entry(name, tracks, overlay if overlay.is_file() else None, masks if masks.is_dir() else None, classes=folder / "pred.json")
     return entry if entry.strip else None
 
 
@@ -86,11 +88,13 @@ def _folders(root: Path) -> Iterator[Entry]:
 
 def _dataset(root: Path) -> Iterator[Entry]:
     """Folders for each kind of file, with one file or folder in them for each video."""
-    tracks = {path.stem: path for kind in ("rle", "tracks") for path in (root / kind).glob("*.json")}
+    tracks = {path.stem: path for kind in ("rle", "tracks", "segments") for path in (root / kind).glob("*.json")}
     overlays = {path.stem: path for path in (root / "overlays").glob("*.mp4")}
+    if len(tracks) == 1 and (root / "overlay.mp4").is_file():  # one video in the layout of panoptic data sets
+        overlays = dict.fromkeys(tracks, root / "overlay.mp4")
     for name in {**tracks, **overlays}:
         masks = next((path for path in (root / "Annotations" / name, root / "masks" / name) if path.is_dir()), None)
-        yield Entry(name, tracks.get(name), overlays.get(name), masks)
+        yield Entry(name, tracks.get(name), overlays.get(name), masks, classes=root / "pred.json")
 
 
 def _failed(root: Path) -> Iterator[Entry]:
@@ -113,6 +117,16 @@ def facts(entry: Entry) -> Facts:
     found = Facts()
     if entry.masks is not None and entry.tracks is None:
         found.frames = sum(1 for _ in entry.masks.glob("*.png"))
+    if entry.tracks is not None and (entry.tracks.name == "segments.json" or entry.tracks.parent.name == "segments"):
+        _read_segments(entry, found)
+    else:
+        _read_objects(entry, found)
+    if entry.overlay is not None:
+        _read_overlay(entry.overlay, found)
+    return found
+
+
+def _read_objects(entry: Entry, found: Facts) -> None:
     given = entry.tracks is not None and (entry.tracks.name == "masks.json" or entry.tracks.parent.name == "rle")  # not found by a model
     for track in _read_tracks(entry.tracks):
         segments = track["segmentations"]
@@ -120,9 +134,33 @@ def facts(entry: Entry) -> Facts:
         found.size = found.size or next((tuple(rle["size"]) for rle in segments if rle), None)
         found.objects.append(_object(track, segments, "object" if given else f"class {track.get('category_id', 1)}"))
     _colour(found.objects, by_id=given)
-    if entry.overlay is not None:
-        _read_overlay(entry.overlay, found)
-    return found
+
+
+def _read_segments(entry: Entry, found: Facts) -> None:
+    """Panoptic results: the segments of each frame by their values."""
+    there: dict[int, tuple[dict, list[bool]]] = {}
+    try:
+        names = _class_names(entry.classes)
+        frames = json.loads(entry.tracks.read_bytes())["annotations"]
+        for t, frame in enumerate(frames):
+            for segment in frame["segments_info"]:
+                there.setdefault(int(segment["id"]), (segment, [False] * len(frames)))[1][t] = True
+        for value, (segment, present) in sorted(there.items()):
+            category = int(segment["category_id"])
+            each = _object({"object_id": value, "category": names.get(category)}, present, f"class {category}")
+            each.colour = _hex(segment_colour(value, category, bool(segment["isthing"])))
+            found.objects.append(each)
+        found.frames = len(frames)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        found.objects = []
+
+
+def _class_names(path: Path) -> dict[int, str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return {each["id"]: each["name"] for each in json.loads(file.readline().rstrip().rstrip(",") + "}")["categories"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def _read_tracks(path: Path | None) -> list[dict]:
@@ -146,7 +184,11 @@ def _colour(objects: list[Object], by_id: bool) -> None:
     numbers: dict[int, int] = {}
     for each in objects:
         number = each.object_id if by_id else numbers.setdefault(each.object_id, len(numbers) + 1)
-        each.colour = "#" + bytes(PALETTE[number % 256]).hex()
+        each.colour = _hex(number % 256)
+
+
+def _hex(colour: int) -> str:
+    return "#" + bytes(PALETTE[colour]).hex()
 
 
 def _read_overlay(path: Path, found: Facts) -> None:

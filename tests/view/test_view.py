@@ -11,6 +11,8 @@ import pytest
 from pyvseg.cli.main import main
 from pyvseg.errors import VideoError
 from pyvseg.engine.types import FrameResult
+from pyvseg.video.palette import PALETTE
+from pyvseg.video.panoptic_writer import PanopticClasses, PanopticJsonWriter, PanopticOverlayWriter, PanopticResult, join_panoptic
 from pyvseg.video.writer import OverlayWriter, PngWriter, RleWriter
 from pyvseg.view import write_page
 from tests.video.clips import images, square
@@ -74,6 +76,30 @@ def test_a_dataset(tmp_path, masks, tracks):
     page, _ = write_page(tmp_path / "set")
     (video,) = data(page)["videos"]
     assert (video["name"], video["overlay"], video["strip"]) == ("seq", "overlays/seq.mp4", f"{tracks}/seq.jpg")
+
+
+@pytest.mark.parametrize("layout", ["batch", "one video"])
+def test_panoptic_results(tmp_path, layout):
+    """The sky in all frames, a cat in the second half; as a batch writes them and as a run does."""
+    out = tmp_path / "out"
+    folder, overlay, segments = (out / "clip",) * 3 if layout == "batch" else (out, out, out / "segments")
+    classes = PanopticClasses(("cat", "sky"), frozenset({0}), 10000)
+    segments_json = segments / ("segments.json" if layout == "batch" else "clip.json")
+    writers = [PanopticJsonWriter(segments_json, "clip", classes), PanopticOverlayWriter(overlay / "overlay.mp4", (48, 64), None, classes)]
+    for t, image in enumerate(images(8)):
+        values = np.full((48, 64), 10000, np.int32)
+        values[:20, :20] = 3 if t >= 4 else 10000
+        for writer in writers:
+            writer.write(PanopticResult(t, f"{t:05d}", image, values, (3, 10000) if t >= 4 else (10000,)))
+    for writer in writers:
+        writer.close()
+    join_panoptic([segments_json], folder / "pred.json", classes)
+    (video,) = data(write_page(out)[0])["videos"]
+    assert (video["name"], video["frames"], video["size"]) == ("clip", 8, [48, 64])
+    assert [(o["object_id"], o["category"], o["present"]) for o in video["objects"]] == [(3, "cat", "00001111"), (10000, "sky", "1" * 8)]
+    assert video["strip"] and [o["colour"] for o in video["objects"]] == ["#" + bytes(PALETTE[i]).hex() for i in (1 + 93, 1 + 97)]
+    segments_json.write_text('{"annotations": [{"segments_info": 3}]}')
+    assert data(write_page(out)[0])["videos"][0]["objects"] == []
 
 
 def test_damaged_results_say_nothing_and_stop_nothing(tmp_path):
