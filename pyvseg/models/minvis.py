@@ -53,7 +53,7 @@ class MinVIS(Mask2Former):
         logits = logits[order].float()
         state.embeddings = queries[order]
         state.logits = logits if state.logits is None else state.logits + logits
-        state.masks.append(masks[order], list(range(len(order))))
+        state.masks.append(masks, order.argsort().tolist())
         state.frames += 1
         return order
 

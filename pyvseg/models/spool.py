@@ -127,8 +127,8 @@ class MaskStore:
     def append(self, logits: Tensor, objects: list[int]) -> None:
         """The next frame: logits (N, h, w) of `objects`."""
         self.grid = tuple(logits.shape[-2:])
-        inside = logits > 0
-        rows, columns = inside.any(2).cpu().numpy(), inside.any(1).cpu().numpy()
+        inside = (logits > 0).view(torch.uint8)  # `any` of bool takes PyTorch five times as long
+        rows, columns = (inside.amax(dim).bool().cpu().numpy() for dim in (2, 1))
         present = np.flatnonzero(rows.any(1))
         (top, bottom), (left, right) = _spans(rows[present]), _spans(columns[present])
         boxes = np.stack([np.asarray(objects, np.int32)[present], top, left, bottom - top, right - left], 1).astype(np.int32)
