@@ -11,7 +11,7 @@ from torch import nn
 
 from pyvseg.engine.instances import InstanceStream, segment
 from pyvseg.engine.panoptic import PanopticSegmentation, segment_frames
-from pyvseg.engine.propagate import Propagation, propagate
+from pyvseg.engine.propagate import Propagation, propagate, ready
 from pyvseg.engine.types import Frame, FrameResult
 from pyvseg.errors import PyvsegError
 from pyvseg.models import zoo
@@ -68,7 +68,7 @@ class Stream:
         """
         (result,) = self.propagation.step(Frame(self.frames, image, f"{self.frames:05d}", mask))
         self.frames += 1
-        return result
+        return ready(result)
 
 
 class InstanceModel:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyvseg.engine.trace import span
 from pyvseg.engine.types import Frame, FrameResult
 from pyvseg.errors import VideoError
+from pyvseg.layers.transfer import arrived, constant
 from pyvseg.models.stcn import STCN, ClipFeatures
 from pyvseg.models.vos import DEFAULT_MEMORY_FRAMES, Geometry, VOSState
 
@@ -27,7 +28,7 @@ class Propagation:
     state              to continue after the frame that a saved state ends with
 
     `step` takes frames in order and returns the results that have become ready: none while a clip fills, all of a clip
-    when it is full or an annotated frame closes it. `finish` returns the rest. Between two calls that returned results
+    when it is full or an annotated frame closes it. `finish` returns the rest; their labels are there after `ready`. Between two calls that returned results
     `state` is complete: saved then, it continues to the same masks.
     """
 
@@ -146,7 +147,8 @@ class Propagation:
         ids = self.state.object_ids[: len(probabilities) - 1]
         # Ties go to the lower id, so the volume is read in ascending order whatever the order of entry.
         order = sorted(range(len(ids)), key=ids.__getitem__)
-        ascending = probabilities if order == list(range(len(ids))) else probabilities[[0, *(i + 1 for i in order)]]
+        place = (0, *(i + 1 for i in order))
+        ascending = probabilities if order == list(range(len(ids))) else probabilities[constant(place, probabilities.device, torch.int64)]
         ids = sorted(ids)
         with span("upsample"):
             return [self._result(f, self.geometry.labels(ascending[:, t], ids), ids) for t, f in enumerate(frames)]
@@ -159,8 +161,14 @@ def propagate(model: STCN, frames: Iterable[Frame], **options) -> Iterator[Frame
     """Results of a whole video in frame order, as soon as they are ready; `options` are those of `Propagation`."""
     propagation = Propagation(model, **options)
     for frame in frames:
-        yield from propagation.step(frame)
-    yield from propagation.finish()
+        yield from map(ready, propagation.step(frame))
+    yield from map(ready, propagation.finish())
+
+
+def ready(result: FrameResult) -> FrameResult:
+    """The result with labels that have arrived: from a GPU they come while it works on the next clip."""
+    result.labels = arrived(result.labels)
+    return result
 
 
 @torch.inference_mode()

@@ -81,7 +81,7 @@ class SwinStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         window, shift = (1, self.window, self.window), (0, self.window // 2, self.window // 2)
-        mask = shift_mask((1, *x.shape[1:3]), window, shift, x)
+        mask = shift_mask((1, *x.shape[1:3]), window, shift, x.device, x.dtype)
         for block in self.blocks:
             x = block(x, mask)
         return x

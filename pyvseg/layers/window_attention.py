@@ -7,6 +7,8 @@ every object: they are computed once and applied to the values of all objects to
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,10 +57,12 @@ def relative_position_index(window: Sizes) -> Tensor:
     return (offset[..., 0] * spans[1] + offset[..., 1]) * spans[2] + offset[..., 2]
 
 
-def shift_mask(grid: Sizes, window: Sizes, shift: Sizes, like: Tensor) -> Tensor:
+@lru_cache(8)
+@torch.inference_mode(False)
+def shift_mask(grid: Sizes, window: Sizes, shift: Sizes, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(windows, N, N): -100 between tokens that the roll brought together from opposite sides of the grid, else 0."""
     padded = [g + -g % w for g, w in zip(grid, window)]
-    labels = torch.zeros(1, *padded, 1, device=like.device)
+    labels = torch.zeros(1, *padded, 1, device=device)
     region = 0
     cuts = [[slice(0, -w), slice(-w, -s), slice(-s, None)] if s else [slice(None)] for w, s in zip(window, shift)]
     for t in cuts[0]:
@@ -67,7 +71,7 @@ def shift_mask(grid: Sizes, window: Sizes, shift: Sizes, like: Tensor) -> Tensor
                 labels[:, t, h, w] = region
                 region += 1
     labels = partition(labels, window, (0, 0, 0)).flatten(1).view(-1, window[0] * window[1] * window[2])
-    return (labels[:, None] != labels[:, :, None]).to(like.dtype) * -100.0
+    return (labels[:, None] != labels[:, :, None]).to(dtype) * -100.0
 
 
 class WindowAttention(nn.Module):
@@ -95,7 +99,7 @@ class WindowAttention(nn.Module):
         bias = self.relative_position_bias_table[self.index[:n, :n].reshape(-1), 0].view(n, n)
         logits = logits + bias.to(logits.dtype)
         if any(shift):
-            logits = logits + shift_mask(grid, window, shift, logits)
+            logits = logits + shift_mask(tuple(grid), window, shift, logits.device, logits.dtype)
         return logits.softmax(-1)
 
     def forward(self, attention: Tensor, values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyvseg import checkpoints
 from pyvseg.errors import CheckpointError
+from pyvseg.layers.transfer import Arriving, constant, from_device, to_device
 from pyvseg.models.memory import MemoryBank
 
 DEFAULT_MEMORY_FRAMES = 16
@@ -43,8 +44,8 @@ class Geometry:
         """
         if device.type == "cpu":
             return self._frames_on_cpu(images, mean, std)
-        x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2) / 255
-        x = (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
+        x = to_device(images, device).permute(0, 3, 1, 2) / 255
+        x = (x - constant(mean, device).view(3, 1, 1)) / constant(std, device).view(3, 1, 1)
         if self.resized != self.source:
             x = F.interpolate(x, self.resized, mode="bicubic", align_corners=False)
         return F.pad(x, self.padding).contiguous(memory_format=torch.channels_last)
@@ -68,7 +69,7 @@ class Geometry:
             one_hot = F.interpolate(one_hot[None], self.resized, mode="nearest")[0]
         return F.pad(one_hot, self.padding)
 
-    def labels(self, probabilities: Tensor, ids: list[int]) -> np.ndarray:
+    def labels(self, probabilities: Tensor, ids: list[int]) -> np.ndarray | Arriving:
         """Probabilities (K + 1, h, w) of the background and of `ids` -> uint8 label image (H, W); ties go to the lower place."""
         left, _, top, _ = self.padding
         p = probabilities[:, top : top + self.resized[0], left : left + self.resized[1]]
@@ -76,8 +77,7 @@ class Geometry:
             p = F.interpolate(p[None], self.source, mode="bilinear", align_corners=False)[0]
         if p.device.type == "cpu":
             return _most_probable(p.numpy(), ids)
-        table = torch.tensor([0, *ids], dtype=torch.uint8, device=p.device)
-        return table[p.argmax(0)].cpu().numpy()
+        return from_device(constant((0, *ids), p.device, torch.uint8)[p.argmax(0)])
 
 
 def _most_probable(probabilities: np.ndarray, ids: list[int]) -> np.ndarray:
@@ -107,16 +107,18 @@ class VOSState:
     def remember(self, index: int, key: Tensor, values: Tensor, *, annotated: bool) -> None:
         """Add frame `index` to every bank: key (cells, CK), values (K, cells, CV) in the order of `object_ids`."""
         for bank in self.banks:
-            rows = [self.object_ids.index(i) for i in bank.object_ids]
-            bank.append(index, key, values[rows], annotated=annotated, max_frames=self.max_memory_frames)
+            bank.append(index, key, self._rows(values, bank), annotated=annotated, max_frames=self.max_memory_frames)
         self.last_memory = index
 
     def remember_temporarily(self, key: Tensor, values: Tensor) -> None:
         """Add a frame that the next `remember` or `remember_temporarily` drops."""
         for bank in self.banks:
-            rows = [self.object_ids.index(i) for i in bank.object_ids]
             bank.temporary = 0
-            bank.append_temporary(key, values[rows])
+            bank.append_temporary(key, self._rows(values, bank))
+
+    def _rows(self, values: Tensor, bank: MemoryBank) -> Tensor:
+        rows = tuple(self.object_ids.index(i) for i in bank.object_ids)
+        return values if rows == tuple(range(len(values))) else values[constant(rows, values.device, torch.int64)]
 
     def save(self, path: str | Path) -> None:
         """Write the state as safetensors; `load` gives back one that continues bit for bit the same."""

@@ -18,7 +18,7 @@ from pyvseg.engine.jobs import Job, find_jobs, is_dataset
 from pyvseg.engine.memory import fitting_clip
 from pyvseg.engine.output import UNFINISHED, Targets, fingerprint
 from pyvseg.engine.propagate import Propagation as Network
-from pyvseg.engine.propagate import look_ahead
+from pyvseg.engine.propagate import look_ahead, ready
 from pyvseg.engine.recipe import Recipe, Results
 from pyvseg.engine.task import Found, Lane, Session, opened
 from pyvseg.engine.trace import span
@@ -135,6 +135,9 @@ class FollowingLane(Lane):
         for result in results:
             self.put(result)
             self.done = result.index + 1
+
+    def _write(self, result: FrameResult) -> None:
+        super()._write(ready(result))
 
     def complete(self) -> bool:
         self.drain()
