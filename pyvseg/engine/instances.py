@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyvseg.engine.trace import span
 from pyvseg.engine.types import Frame
 from pyvseg.errors import PyvsegError, VideoError
+from pyvseg.layers.graphs import graphed
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.video_instances import Selection, VideoInstances
 
@@ -92,7 +93,7 @@ def advance(videos: list[InstanceSegmentation], at_once: int = 1) -> None:
             spare = at_once * group[0].frames_per_step - sum(counts)
             inputs.append(inputs[-1][-1:].expand(spare, -1, -1, -1))
         with span("encode"):
-            features = group[0].model.encode(torch.cat(inputs) if len(inputs) > 1 else inputs[0])
+            features = graphed(group[0].model.encode, torch.cat(inputs) if len(inputs) > 1 else inputs[0])
         for video, count, end in zip(group, counts, np.cumsum(counts).tolist()):
             with span("associate"):
                 video.take(_rows(features, end - count, end))

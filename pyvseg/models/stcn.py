@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvseg.layers.efficientnet_lite import EfficientNetLite0
+from pyvseg.layers.graphs import graphed
 from pyvseg.layers.resnet import BasicBlock, Bottleneck, ResNet
 from pyvseg.layers.window_attention import IntraClipRefinement
 from pyvseg.models.memory import MemoryBank, aggregate
@@ -131,11 +132,14 @@ class STCN(nn.Module):
 
     def encode(self, images: Tensor) -> ClipFeatures:
         """Normalised frames (L, 3, H, W), sides multiples of 16 -> features; a few frames at a time."""
-        parts = [vars(self.features(some)) for some in images.split(self._together(images, getattr(self.key_encoder, "widest", 0)))]
+        parts = [graphed(self.parts, some) for some in images.split(self._together(images, getattr(self.key_encoder, "widest", 0)))]
         if len(parts) == 1:
             return ClipFeatures(**parts[0])
         joined = {name: None if x is None else torch.cat([part[name] for part in parts]) for name, x in parts[0].items()}
         return ClipFeatures(**joined)
+
+    def parts(self, images: Tensor) -> dict[str, Tensor | None]:
+        return vars(self.features(images))
 
     def features(self, images: Tensor) -> ClipFeatures:
         """`encode` in one batch, which is what training wants."""
@@ -185,7 +189,8 @@ class STCN(nn.Module):
                 readouts[i] = readout if maps is None else self.icr(readout[None, None], maps)[0, 0]
         ordered = [readouts[i].permute(0, 3, 1, 2) for i in state.object_ids]  # channels last in memory
         step = self._together(features.images, self.settings.decoder_widths[1])
-        return torch.cat([self._decode(features, ordered, slice(t, t + step)) for t in range(0, len(features.keys), step)], 1)
+        frame_parts = features.thin, features.f8, features.f4, *ordered
+        return torch.cat([graphed(self.decode, *chunk) for chunk in zip(*(part.split(step) for part in frame_parts))], 1)
 
     def link(
         self,
@@ -238,10 +243,10 @@ class STCN(nn.Module):
         bank.temporary = before
         return torch.cat(readouts, 1).unflatten(2, features.grid)
 
-    def _decode(self, features: ClipFeatures, readouts: list[Tensor], frames: slice) -> Tensor:
-        """Readouts (L, CV, h, w), one per object -> probabilities (K + 1, L', H, W) of some of the clip's frames."""
-        terms = self.decoder.of_frame(features.thin[frames], features.f8[frames], features.f4[frames])
-        return aggregate(torch.stack([self.decoder(readout[frames], terms) for readout in readouts]).sigmoid_())
+    def decode(self, thin: Tensor, f8: Tensor, f4: Tensor, *readouts: Tensor) -> Tensor:
+        """`ClipFeatures` of some frames, and of each object its readouts (L, CV, h, w) there -> probabilities (K + 1, L, H, W)."""
+        terms = self.decoder.of_frame(thin, f8, f4)
+        return aggregate(torch.stack([self.decoder(readout, terms) for readout in readouts]).sigmoid_())
 
     def _together(self, images: Tensor, channels: int) -> int:
         """Frames whose map of so many channels at stride 4 is small enough."""

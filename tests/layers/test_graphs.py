@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods as CUDA graphs: which calls are captured, and that results are those of the method."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyvseg.layers import graphs
+from pyvseg.layers.graphs import graphed
+
+
+class Result(NamedTuple):
+    one: Tensor
+    more: list[Tensor]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(4, 3), 0
+
+    def encode(self, x: Tensor) -> Result:
+        self.calls += 1
+        y = self.linear(x)
+        return Result(y, [y.relu(), 2 * x])
+
+
+def equal(a: Result, b: Result) -> bool:
+    return isinstance(a, Result) and all(torch.equal(x, y) for x, y in zip((a.one, *a.more), (b.one, *b.more), strict=True))
+
+
+def emulated(method, inputs):
+    """What a capture gives, without a GPU: a replay computes from the same inputs into the same outputs."""
+    outputs = method(*inputs)
+
+    def replay():
+        new = method(*inputs)
+        for old, each in zip((outputs.one, *outputs.more), (new.one, *new.more)):
+            old.copy_(each)
+
+    return replay, outputs
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(graphs, "_applies", lambda tensors: True)
+
+
+@torch.inference_mode()
+def test_from_the_second_call_of_a_shape_on(on_gpu, monkeypatch):
+    captured = []
+    monkeypatch.setattr(graphs, "_capture", lambda method, inputs: captured.append(inputs[0].shape) or emulated(method, inputs))
+    net = Net()
+    inputs = [torch.randn(rows, 4) for rows in (2, 2, 5, 2, 5, 2)]
+    results = [graphed(net.encode, x) for x in inputs]
+    assert captured == [(2, 4), (5, 4)]
+    assert all(equal(result, net.encode(x)) for result, x in zip(results, inputs))  # earlier ones were not written over
+    net.linear.weight = nn.Parameter(torch.randn(3, 4))
+    for _ in range(2):
+        assert equal(graphed(net.encode, inputs[0]), net.encode(inputs[0]))
+    for rows in range(1, 20):
+        graphed(net.encode, torch.randn(rows, 4))
+    assert len(graphs._graphs[net]) == graphs.KEPT
+
+
+@torch.inference_mode()
+def test_where_no_graph_can_be_had(on_gpu, monkeypatch):
+    def fails(method, inputs):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs, "_capture", fails)
+    net, x = Net(), torch.randn(2, 4)
+    graphed(net.encode, x)
+    with pytest.warns(UserWarning, match="Net.encode runs without a CUDA graph: operation not permitted when stream is capturing$"):
+        assert equal(graphed(net.encode, x), net.encode(x))
+    assert equal(graphed(net.encode, x), net.encode(x))
+
+
+def test_on_a_cpu_nothing_is_captured():
+    net, x = Net(), torch.randn(2, 4)
+    for _ in range(3):
+        assert equal(graphed(net.encode, x), net.encode(x))
+    assert net not in graphs._graphs and net.calls == 6
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_on_a_gpu():
+    net = Net().cuda()
+    for rows in (2, 2, 5, 2, 5, 5):
+        x = torch.randn(rows, 4, device="cuda")
+        assert equal(graphed(net.encode, x), net.encode(x))
+    assert len(graphs._graphs[net]) == 2 and None not in graphs._graphs[net].values()
