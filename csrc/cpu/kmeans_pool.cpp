@@ -45,26 +45,52 @@ void assign(const Map& logits, int64_t begin, int64_t end, int32_t* assign) {
   });
 }
 
-// kLanes channels at kLanes positions at a time; positions of no cluster get zeros.
+// kLanes channels at kLanes positions; positions of no cluster get zeros.
+template <bool kWhole, typename T>
+PYVSEG_INLINE void gather_square(const Gather& g, int64_t c, int64_t m, int64_t end) {
+  const int64_t channels = g.channels - c, positions = end - m;
+  vuint v[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    const int64_t cluster = kWhole || i < positions ? g.assign[m + i] : -1;
+    const bool is = cluster >= 0 && cluster < g.clusters;
+    const T* row = (const T*)g.rows + cluster * g.channels + c;
+    v[i] = !is ? vuint{} : (vuint)(kWhole ? load(row) : load_some(row, channels));
+  }
+  transpose(v);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    T* to = (T*)g.out + (c + i) * g.positions + m;
+    if (kWhole)
+      store(to, (vfloat)v[i]);
+    else if (i < channels)
+      store_some(to, (vfloat)v[i], positions);
+  }
+}
 template <typename T>
 void gather_rows(const Gather& g, int64_t begin, int64_t end) {
   for (int64_t c = 0; c < g.channels; c += kLanes)
     for (int64_t m = begin; m < end; m += kLanes) {
-      vuint v[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t cluster = m + i < end ? g.assign[m + i] : -1;
-        const bool is = cluster >= 0 && cluster < g.clusters;
-        v[i] = is ? (vuint)load_some((const T*)g.rows + cluster * g.channels + c, g.channels - c) : vuint{};
-      }
-      transpose(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        if (c + i < g.channels) store_some((T*)g.out + (c + i) * g.positions + m, (vfloat)v[i], end - m);
+      if (c + kLanes <= g.channels && m + kLanes <= end)
+        gather_square<true, T>(g, c, m, end);
+      else
+        gather_square<false, T>(g, c, m, end);
     }
 }
+
+// Positions of one cluster.
+template <typename T>
+void spread_row(const Gather& g, int64_t begin, int64_t end) {
+  const T* row = (const T*)g.rows + g.assign[begin] * g.channels;
+  for (int64_t c = 0; c < g.channels; ++c)
+    for (int64_t m = begin; m < end; m += kLanes) store_some((T*)g.out + c * g.positions + m, splat(load1(row + c)), end - m);
+}
+
 void gather(const Gather& g, int64_t begin, int64_t end) {
-  with_number(g.number, [&](auto number) { gather_rows<decltype(number)>(g, begin, end); });
+  const int32_t cluster = g.assign[begin];
+  bool one = cluster >= 0 && cluster < g.clusters;
+  for (int64_t m = begin; one && m < end; ++m) one = g.assign[m] == cluster;
+  with_number(g.number, [&](auto number) { one ? spread_row<decltype(number)>(g, begin, end) : gather_rows<decltype(number)>(g, begin, end); });
 }
 
 }  // namespace
@@ -78,11 +104,11 @@ namespace {
 
 using kmeans::kRun;
 
-// body(image, begin, end) for runs of the positions of all images
+// body(image, begin, end) for runs of the positions of all images, each of `width` numbers
 template <typename Body>
-void parallel_runs(int64_t images, int64_t positions, const Body& body) {
+void parallel_runs(int64_t images, int64_t positions, int64_t width, const Body& body) {
   const int64_t runs = kmeans::divide_up(positions, kRun);
-  parallel_for(0, images * runs, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, images * runs, grain_of(std::min(positions, kRun) * width), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       body(i / runs, i % runs * kRun, std::min((i % runs + 1) * kRun, positions));
   });
@@ -95,7 +121,7 @@ Tensor kmeans_assign(const Tensor& logits) {
   const int64_t B = rows.size(0), M = rows.size(2);
   Tensor assign = torch::stable::new_empty(logits, {B, M}, ScalarType::Int);
   const Kernels& kernel = kernels();
-  parallel_runs(B, M, [&](int64_t b, int64_t begin, int64_t end) {
+  parallel_runs(B, M, logits.size(1), [&](int64_t b, int64_t begin, int64_t end) {
     kernel.assign(kmeans::map_of(rows, b), begin, end, assign.mutable_data_ptr<int32_t>() + b * M);
   });
   return assign;
@@ -130,7 +156,7 @@ Tensor kmeans_gather(const Tensor& grad_update, const Tensor& assign) {
   const Number number = number_of(rows);
   Tensor out = torch::stable::new_empty(grad_update, {B, D, M});
   const Kernels& kernel = kernels();
-  parallel_runs(B, M, [&](int64_t b, int64_t begin, int64_t end) {
+  parallel_runs(B, M, D, [&](int64_t b, int64_t begin, int64_t end) {
     const int64_t bytes = bytes_of(number);
     kernel.gather({static_cast<const char*>(rows.const_data_ptr()) + b * N * D * bytes, own.const_data_ptr<int32_t>() + b * M,
                    static_cast<char*>(out.mutable_data_ptr()) + b * D * M * bytes, N, D, M, number},

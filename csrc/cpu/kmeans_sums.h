@@ -220,7 +220,7 @@ std::tuple<Tensor, Tensor> sum_chunks(const Tensor& value, int64_t N, void (*add
   Tensor update = torch::stable::new_empty(value, {B, N, D}, ScalarType::Float);
   Tensor count = torch::stable::new_empty(value, {B, N}, ScalarType::Float);
   std::atomic<int64_t> next{0};  // whoever is free takes the next chunk
-  const int64_t tasks = B * chunks.count, worth = divide_up(tasks, grain_of(chunks.size * (N + D)));
+  const int64_t tasks = B * chunks.count, worth = divide_up(tasks, grain_of(std::min(chunks.size, M) * (N + D)));
   const int64_t threads = std::min({int64_t(torch::stable::get_num_threads()), tasks, worth});
   parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     auto work = make_work();
@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor> sum_chunks(const Tensor& value, int64_t N, void (*add
       work(task / chunks.count, begin, std::min(begin + chunks.size, M), own);
     }
   });
-  parallel_for(0, B * N, std::max<int64_t>(16384 / (chunks.count * (D + 1) + 1), 1), [&](int64_t begin, int64_t end) {
+  parallel_for(0, B * N, std::max<int64_t>(65536 / (chunks.count * (D + 1) + 1), 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / N;
       const Totals totals{bins.const_data_ptr<float>() + b * chunks.count * size, chunks.count, N, D,

@@ -149,36 +149,34 @@ PYVSEG_INLINE void store1(bfloat16* p, float x) {
   p->bits = uint16_t(x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) | 0x40);
 }
 
+#if defined(__AVX512F__)
+PYVSEG_INLINE __mmask16 lanes_before(int64_t n) { return n >= kLanes ? 0xffff : n > 0 ? (1u << n) - 1 : 0; }
+#endif
+
 // The first n elements, zeros behind them; all where n is larger than a vector, none where it is negative.
 template <typename T>
 PYVSEG_INLINE auto load_some(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (__is_same(T, float)) return (vfloat)_mm512_maskz_loadu_ps(lanes_before(n), p);
+  if constexpr (__is_same(T, int32_t)) return (vint)_mm512_maskz_loadu_epi32(lanes_before(n), p);
+  if constexpr (__is_same(T, bfloat16)) return (vfloat)((vuint)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes_before(n), p)) << 16);
+  if constexpr (__is_same(T, float16)) return (vfloat)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_before(n), p));
+#else
   if (n >= kLanes) return load(p);
   T some[kLanes] = {};
-#if defined(__AVX512F__)
-  const __mmask16 there = n > 0 ? (1u << n) - 1 : 0;
-  if constexpr (sizeof(T) == 4)
-    _mm512_storeu_si512(some, _mm512_maskz_loadu_epi32(there, p));
-  else
-    _mm256_storeu_si256((__m256i*)some, _mm256_maskz_loadu_epi16(there, p));
-#else
   if (n > 0) __builtin_memcpy(some, p, size_t(n) * sizeof(T));
-#endif
   return load(some);
+#endif
 }
 template <typename T, typename V>
 PYVSEG_INLINE void store_some(T* p, V v, int64_t n) {
   if (n >= kLanes) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, lanes_before(n), (__m512)v);
+#endif
   T some[kLanes];
   store(some, v);
-#if defined(__AVX512F__)
-  const __mmask16 there = n > 0 ? (1u << n) - 1 : 0;
-  if constexpr (sizeof(T) == 4)
-    _mm512_mask_storeu_epi32(p, there, _mm512_loadu_si512(some));
-  else
-    _mm256_mask_storeu_epi16(p, there, _mm256_loadu_si256((const __m256i*)some));
-#else
   if (n > 0) __builtin_memcpy(p, some, size_t(n) * sizeof(T));
-#endif
 }
 
 // Lane i of the result is lane which[i] of a followed by b.
