@@ -13,7 +13,6 @@ from pyvseg.engine.instances import InstanceStream, segment
 from pyvseg.engine.panoptic import PanopticSegmentation, segment_frames
 from pyvseg.engine.propagate import Propagation, propagate, ready
 from pyvseg.engine.types import Frame, FrameResult
-from pyvseg.errors import PyvsegError
 from pyvseg.models import zoo
 from pyvseg.models.stcn import STCN
 from pyvseg.models.video_instances import VideoInstances
@@ -128,6 +127,4 @@ def load(
         return InstanceModel(network, chosen.classes)
     if chosen.task == "video panoptic segmentation":
         return PanopticModel(network, chosen.classes)
-    if chosen.task != "semi-supervised":
-        raise PyvsegError(f"{name} segments single images; `pyvseg.models.zoo.load` gives its network")
     return Model(network)

@@ -26,7 +26,7 @@ class PanopticSegmentation:
 
     def __init__(self, model: VideoKMaX, state: VideoKMaXState | None = None) -> None:
         self.model, self.state = model, state
-        self.frames_per_step = max(_TOGETHER, model.settings.clip_length)
+        self.frames_per_step = max(_TOGETHER, getattr(model.settings, "clip_length", 1))  # 1: every frame stands alone
         self.missing: dict[int, Frame] = {}
 
     @torch.inference_mode()
@@ -38,7 +38,7 @@ class PanopticSegmentation:
             self.missing[frame.index] = frame
         for start in range(0, len(frames), _TOGETHER):
             images = np.stack([frame.image for frame in frames[start : start + _TOGETHER]])
-            encoded += self.model.encode(self.model.input(images, self.state)).split()
+            encoded += self.model.encode_frames(images, self.state)
         if self.state is None:
             return []
         results = []

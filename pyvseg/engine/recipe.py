@@ -56,8 +56,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises PyvsegError for numbers that cannot be and for files that are not there."""
-        if self.task_name == "image segmentation":
-            raise PyvsegError(f"{self.model} segments single images; for videos there are the video models of `pyvseg models`")
         named = {"clip-length": self.clip_length, "max-memory-frames": self.memory_frames, "top-k": self.results.top_k, "at-once": self.at_once}
         for name, value in named.items():
             if value is not None and value < 1:
@@ -89,7 +87,7 @@ class Recipe:
             names += ["score_threshold", "top_k", "compat"]
         else:
             names += ["clip_length", "max_memory_frames" if self.needs_masks else "step_pngs"]
-            given["clip_length"] = self.clip_length or zoo.variant(self.model).settings.clip_length
+            given["clip_length"] = self.clip_length or getattr(zoo.variant(self.model).settings, "clip_length", 1)
         return {name: given[name] for name in names}
 
     def task(self) -> Task:

@@ -35,6 +35,21 @@ CITYSCAPES = tuple(  # train ids; also KITTI-STEP
     "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person rider car truck bus train motorcycle bicycle".split()
 )
 KITTI_STEP_THINGS = (CITYSCAPES.index("person"), CITYSCAPES.index("car"))
+COCO_THINGS = (  # class i is the i-th of the 80, whose numbers in COCO's files have gaps
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant", "stop sign", "parking meter",
+    "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase",
+    "frisbee", "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut",
+    "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave",
+    "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
+COCO_PANOPTIC = COCO_THINGS + tuple(  # then the stuff
+    "banner blanket bridge cardboard counter curtain door-stuff floor-wood flower fruit gravel house light mirror-stuff net pillow platform "
+    "playingfield railroad river road roof sand sea shelf snow stairs tent towel wall-brick wall-stone wall-tile wall-wood water-other "
+    "window-blind window-other tree-merged fence-merged ceiling-merged sky-other-merged cabinet-merged table-merged floor-other-merged "
+    "pavement-merged mountain-merged grass-merged dirt-merged paper-merged food-other-merged building-other-merged rock-merged "
+    "wall-other-merged rug-merged".split()
+)
 ADE20K_THINGS = (  # of the 150 classes
     7, 8, 10, 12, 14, 15, *range(18, 21), *range(22, 25), 27, *range(30, 34), *range(35, 40), *range(41, 46), 47, 49, 50, 53, *range(55, 59), 62,
     *range(64, 68), *range(69, 77), 78, *range(80, 84), *range(85, 91), 92, 93, 95, 97, 98, *range(102, 105), 107, 108, *range(110, 113), 115, 116,

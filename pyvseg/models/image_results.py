@@ -66,15 +66,33 @@ def panoptic(
 
 def instances(logits: Tensor, masks: Tensor, top: int = 100, things: frozenset[int] | None = None) -> Instances:
     """logits (Q, K + 1), masks (Q, H, W) logits -> the `top` best (query, class) pairs; only those of `things`, where given."""
+    pairs = best_pairs(logits, top, things)
+    return ranked(pairs, *inside_and_quality(masks[pairs.queries]))
+
+
+class Pairs(NamedTuple):
+    """N queries with one of their classes each, the likeliest first."""
+
+    scores: Tensor
+    queries: Tensor
+    labels: Tensor
+
+
+def best_pairs(logits: Tensor, top: int, things: frozenset[int] | None = None) -> Pairs:
     scores, queries, labels = top_pairs(logits.softmax(-1)[:, :-1], top)
-    if things is not None:
-        kept = torch.tensor([label in things for label in labels.tolist()], dtype=torch.bool, device=labels.device)
-        scores, queries, labels = scores[kept], queries[kept], labels[kept]
-    chosen = masks[queries]
-    inside = chosen > 0
-    quality = (chosen.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
-    scores, order = (scores * quality).sort(descending=True, stable=True)
-    return Instances(scores, labels[order], inside[order])
+    kept = torch.tensor([things is None or label in things for label in labels.tolist()], dtype=torch.bool, device=labels.device)
+    return Pairs(scores[kept], queries[kept], labels[kept])
+
+
+def inside_and_quality(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask logits (N, H, W) -> the masks, bool, and the mean probability (N,) inside of each."""
+    inside = masks > 0
+    return inside, (masks.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
+
+
+def ranked(pairs: Pairs, inside: Tensor, quality: Tensor) -> Instances:
+    scores, order = (pairs.scores * quality).sort(descending=True, stable=True)
+    return Instances(scores, pairs.labels[order], inside[order])
 
 
 def top_pairs(probabilities: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from pyvseg.models.image_results import Segment
 from pyvseg.models.kmax import KMaX, KMaXSettings
 from pyvseg.models.kmax_image_results import ImagePanopticSettings, panoptic
 from pyvseg.models.kmax_size import KMaXImageSize
+from pyvseg.models.panoptic_frames import FrameByFrame
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class KMaXImageSettings(KMaXSettings):
     panoptic: ImagePanopticSettings = ImagePanopticSettings()
 
 
-class KMaXImages(KMaX):
+class KMaXImages(FrameByFrame, KMaX):
     @torch.inference_mode()
-    def segment(self, image: np.ndarray) -> tuple[np.ndarray, list[Segment]]:
+    def panoptic(self, image: np.ndarray) -> tuple[np.ndarray, list[Segment]]:
         """uint8 RGB (H, W, 3) -> label map int32 (H, W), 0 = nothing, and its segments."""
         s = self.settings
         size = KMaXImageSize.fit(image.shape[:2], s.image_size)

@@ -23,6 +23,7 @@ from pyvseg.models.genvis import GenVISState, Prototypes
 from pyvseg.models.kmax_size import KMaXSize
 from pyvseg.models.mask2former_video import ClipState
 from pyvseg.models.minvis import MinVISState
+from pyvseg.models.panoptic_frames import FramesState
 from pyvseg.models.panoptic_linking import LinkState, Remembered
 from pyvseg.models.spool import MaskStore, Spool
 from pyvseg.models.video_kmax import VideoKMaXState
@@ -31,7 +32,7 @@ from pyvseg.models.vita import VITAState
 _KINDS = {
     kind.__name__: kind
     for kind in (
-        CTVISState, ClipState, FramePixels, FrameSize, GenVISState, KMaXSize, LayerPixels, LinkState, MaskStore, MinVISState, PixelFeatures,
+        CTVISState, ClipState, FramePixels, FrameSize, FramesState, GenVISState, KMaXSize, LayerPixels, LinkState, MaskStore, MinVISState, PixelFeatures,
         Prototypes, Record, Remembered, Tracklet, TrackerState, VITAState, VideoKMaXState,
     )
 }  # fmt: skip

@@ -70,6 +70,15 @@ class VideoKMaX(KMaX):
         """uint8 RGB (T, H, W, 3) -> the network's input."""
         return state.size.input(images, self.settings.mean, self.settings.std, self.device)
 
+    @property
+    def divisor(self) -> int:
+        """Between a category and an object's id in results."""
+        return self.settings.linking.divisor
+
+    def encode_frames(self, images: np.ndarray, state: VideoKMaXState) -> list[FramePixels]:
+        """uint8 RGB (T, H, W, 3) -> the frames, for `step`."""
+        return self.encode(self.input(images, state)).split()
+
     def step(self, frames: list[FramePixels], state: VideoKMaXState, *, last: bool = False) -> list[PanopticFrame]:
         """Takes the video's next frames, encoded; returns the results that they complete, in order. `last`: no more will come."""
         state.pixels += frames

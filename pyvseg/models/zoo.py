@@ -20,7 +20,7 @@ from pyvseg.models import fitting, zoo_instances, zoo_panoptic
 from pyvseg.models.ctvis import CTVIS
 from pyvseg.models.genvis import GenVIS
 from pyvseg.models.kmax_images import KMaXImages
-from pyvseg.models.mask2former import Mask2Former
+from pyvseg.models.mask2former_images import Mask2FormerInstances, Mask2FormerPanoptic
 from pyvseg.models.mask2former_video import Mask2FormerVideo
 from pyvseg.models.minvis import MinVIS
 from pyvseg.models.stcn import STCN, STCNSettings
@@ -94,7 +94,7 @@ _VOS = System(STCN, key_maps.STCN, key_maps.STCN_IGNORED, _widen)
 SYSTEMS = {"stcn": _VOS, "pcvos": _VOS} | {
     name: System(network, key_maps.MASK2FORMER, key_maps.MASK2FORMER_IGNORED)
     for name, network in {
-        "mask2former": Mask2Former, "mask2former_video": Mask2FormerVideo, "minvis": MinVIS, "ctvis": CTVIS, "vita": VITA, "genvis": GenVIS,
+        "mask2former": Mask2FormerInstances, "mask2former_panoptic": Mask2FormerPanoptic, "mask2former_video": Mask2FormerVideo, "minvis": MinVIS, "ctvis": CTVIS, "vita": VITA, "genvis": GenVIS,
     }.items()
 } | {name: System(network, key_maps.KMAX, key_maps.KMAX_IGNORED, linear_weights) for name, network in {"kmax": KMaXImages, "video_kmax": VideoKMaX}.items()}  # fmt: skip
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pyvseg.layers.backbones import RESNET50, RESNET101, SWIN_B, SWIN_L, SWIN_S, SWIN_T
-from pyvseg.models.categories import OVIS, YOUTUBE_VIS_2019, YOUTUBE_VIS_2021
+from pyvseg.models.categories import COCO_PANOPTIC, COCO_THINGS, OVIS, YOUTUBE_VIS_2019, YOUTUBE_VIS_2021
 from pyvseg.models.ctvis import CTVISSettings
 from pyvseg.models.genvis import GenVISSettings
 from pyvseg.models.mask2former import Mask2FormerSettings
@@ -32,17 +32,16 @@ def variants() -> Iterator[Variant]:
 
 
 def _mask2former_images() -> Iterator[Variant]:
-    things = tuple(range(80))
     where = "Mask2Former's model zoo"
-    panoptic = Mask2FormerSettings(classes=133, things=things, **_COCO, **R50)
+    panoptic = Mask2FormerSettings(classes=133, things=tuple(range(80)), **_COCO, **R50)
     yield Variant(
-        "mask2former_r50_coco_panoptic", "image segmentation", "mask2former", panoptic, "model_final_94dc52.pkl", where, _M2F_WEIGHTS,
-        {"COCO panoptic val PQ / AP / mIoU": "51.9 / 41.7 / 61.7"},
+        "mask2former_r50_coco_panoptic", "video panoptic segmentation", "mask2former_panoptic", panoptic, "model_final_94dc52.pkl", where,
+        _M2F_WEIGHTS, {"COCO panoptic val PQ / AP / mIoU": "51.9 / 41.7 / 61.7"}, "an image model: every frame stands alone", COCO_PANOPTIC,
     )  # fmt: skip
     for name, sizes, file, result in (("r50", R50, "model_final_3c8ec9.pkl", "43.7"), ("swin_l", LARGE, "model_final_e5f453.pkl", "50.1")):
         yield Variant(
-            f"mask2former_{name}_coco_instance", "image segmentation", "mask2former", Mask2FormerSettings(classes=80, **_COCO, **sizes),
-            file, where, _M2F_WEIGHTS, {"COCO instance val AP": result},
+            f"mask2former_{name}_coco_instance", VIDEO_INSTANCES, "mask2former", Mask2FormerSettings(classes=80, **_COCO, **sizes),
+            file, where, _M2F_WEIGHTS, {"COCO instance val AP": result}, "an image model: objects are followed as by MinVIS", COCO_THINGS,
         )  # fmt: skip
 
 

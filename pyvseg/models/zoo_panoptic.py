@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pyvseg.layers.kmax_backbones import CONVNEXT_B, CONVNEXT_L, CONVNEXT_S, CONVNEXT_T, DEEPLAB2_RESNET50, RESNET50
-from pyvseg.models.categories import ADE20K_THINGS, CITYSCAPES, KITTI_STEP_THINGS, VIPSEG, VIPSEG_THINGS
+from pyvseg.models.categories import ADE20K_THINGS, CITYSCAPES, COCO_PANOPTIC, KITTI_STEP_THINGS, VIPSEG, VIPSEG_THINGS
 from pyvseg.models.kmax_image_results import ImagePanopticSettings
 from pyvseg.models.kmax_images import KMaXImageSettings
 from pyvseg.models.kmax_panoptic import PanopticSettings
@@ -39,7 +39,10 @@ def _images() -> Iterator[Variant]:
             classes, things = (133, tuple(range(80))) if data == "coco" else (150, ADE20K_THINGS)
             settings = KMaXImageSettings(classes=classes, things=things, backbone=backbone, panoptic=rules[data])
             file = "kmax_r50.pth" if (key, data) == ("r50", "coco") else "kMaX-DeepLab checkpoint (.pth)"
-            yield Variant(f"kmax_{key}_{data}", "image segmentation", "kmax", settings, file, where, "Apache-2.0", {f"{name} val PQ": str(quality)})
+            yield Variant(
+                f"kmax_{key}_{data}", VIDEO_PANOPTIC, "kmax", settings, file, where, "Apache-2.0", {f"{name} val PQ": str(quality)},
+                "an image model: every frame stands alone", COCO_PANOPTIC if data == "coco" else (),
+            )  # fmt: skip
 
 
 def _vipseg() -> Iterator[Variant]:

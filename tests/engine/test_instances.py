@@ -49,7 +49,6 @@ def test_clear_errors(small, clip, tmp_path, capsys):
     run = ["run", str(clip), "--out", str(tmp_path / "out"), "--model"]
     assert main([*run, name, "--weights", weights, "--mask", "first.png"]) == 2 and "leave --mask out" in capsys.readouterr().err
     assert main([*run, name]) == 2 and "download" in capsys.readouterr().err
-    assert main([*run, "mask2former_r50_coco_panoptic"]) == 2 and "single images" in capsys.readouterr().err
     assert main([*run, "minvis_r50_ytvis19", "--weights", weights]) == 2 and "fit ctvis_r50_ovis" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -43,7 +43,10 @@ class Panoptic:
     def of(cls, recipe: Recipe) -> Panoptic:
         network, at_once = recipe.network()
         settings = recipe.settings() | {"device": str(network.device)}
-        network.settings = replace(network.settings, clip_length=settings["clip_length"])
+        if hasattr(network.settings, "clip_length"):
+            network.settings = replace(network.settings, clip_length=settings["clip_length"])
+        elif settings["clip_length"] > 1:
+            raise PyvsegError(f"--clip-length {recipe.clip_length}: {recipe.model} takes every frame by itself; leave it out")
         return cls(network, recipe.model, zoo.variant(recipe.model).classes, settings, recipe.results, at_once)
 
     @property
@@ -53,7 +56,7 @@ class Panoptic:
         if self.names and len(self.names) != s.classes:
             raise PyvsegError(f"{self.name}: {len(self.names)} class names for a model of {s.classes} classes; give one name per class")
         names = self.names or tuple(f"class {i}" for i in range(s.classes))
-        return PanopticClasses(names, frozenset(s.things), s.linking.divisor)
+        return PanopticClasses(names, frozenset(s.things), self.network.divisor)
 
     def find(self, source, masks, annotations: str, sequences: list[str] | None) -> Found:
         jobs, _ = find_videos(source, sequences)
