@@ -5,14 +5,17 @@
 The published formulation is written from the paper's and the reports' description: batch norms as they stand, channels first, a
 one-hot assignment and its dense product, predictions of every layer brought to stride 4, masks of all queries at full size in
 float64, a loop over segments, and both frames of every clip computed anew. Weights are random; both run the same.
+
+Every way runs in a process of its own: the published one with the allocator as PyTorch leaves it, ours as `pyvseg run` sets it
+(`keep_freed_memory`). "published, freed memory kept" shows what that setting alone would give.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,29 +26,43 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from pyvseg.engine.allocator import keep_freed_memory
+from benchmarks.apart import Apart
+from benchmarks.harness import machine
 from pyvseg.layers.inference import for_inference
 from pyvseg.layers.kmax_decoder import DecoderLayer, FramePixels
 from pyvseg.layers.kmax_pixel_decoder import resize
 from pyvseg.models.kmax_panoptic import PanopticSettings, panoptic_clip
 from pyvseg.models.video_kmax import VideoKMaX, VideoKMaXSettings
 
-clock = time.perf_counter
 THINGS = tuple(range(58))
+BEHIND = ("panoptic merge and stitching", "panoptic merge", "linking")  # stages behind the network
 RULES = PanopticSettings(0.8, 0.3)  # of these random weights: about half of the queries, more than a trained network keeps
+
+
+class Stopwatch:
+    """Adds up seconds by stage, by the clock or of all threads."""
+
+    def __init__(self, cpu_time: bool) -> None:
+        self.clock, self.stages = time.process_time if cpu_time else time.perf_counter, {}
+
+    def __call__(self, stage: str, run: Callable):
+        start = self.clock()
+        result = run()
+        self.stages[stage] = self.stages.get(stage, 0.0) + self.clock() - start
+        return result
 
 
 class Published:
     """One clip at a time."""
 
-    def __init__(self, model: VideoKMaX, source: tuple[int, int]) -> None:
-        self.model, self.source = model, source
+    def __init__(self, model: VideoKMaX, source: tuple[int, int], timed: Stopwatch) -> None:
+        self.model, self.source, self.timed = model, source, timed
         self.state = model.new_state(*source)
         self.previous = np.zeros(source, np.int64)
 
-    def clip(self, images: Tensor) -> np.ndarray:
-        logits, masks = self.network(images)
-        return self.merge(logits, masks)
+    def next(self, images: Tensor) -> None:
+        logits, masks = self.timed("network", lambda: self.network(images))
+        self.timed("panoptic merge and stitching", lambda: self.merge(logits, masks))
 
     def network(self, images: Tensor) -> tuple[Tensor, Tensor]:
         model = self.model
@@ -113,14 +130,13 @@ class Published:
 
 
 class Ours:
-    """Clips one after the other; `stages` adds up seconds by part."""
+    """Clips one after the other."""
 
-    def __init__(self, model: VideoKMaX, source: tuple[int, int]) -> None:
-        self.model, self.state = model, model.new_state(*source)
-        self.stages: dict[str, float] = {}
+    def __init__(self, model: VideoKMaX, source: tuple[int, int], timed: Stopwatch) -> None:
+        self.model, self.state, self.timed = model, model.new_state(*source), timed
         self.waiting: list[FramePixels] = []
 
-    def whole(self, images: Tensor) -> None:
+    def alone(self, images: Tensor) -> None:
         """A clip without anything kept from the one before."""
         self.merge(self.encode(images))
 
@@ -142,12 +158,6 @@ class Ours:
         clip = self.timed("panoptic merge", lambda: panoptic_clip(prediction, 0, m.things, self.state.size, rules))
         self.timed("linking", lambda: m.link(clip, self.state))
 
-    def timed(self, stage: str, run: Callable):
-        start = clock()
-        result = run()
-        self.stages[stage] = self.stages.get(stage, 0.0) + clock() - start
-        return result
-
 
 @torch.no_grad()
 def network(size: tuple[int, int], length: int) -> VideoKMaX:
@@ -166,58 +176,81 @@ def network(size: tuple[int, int], length: int) -> VideoKMaX:
     return model.eval()
 
 
-@torch.inference_mode()
-def against_published(size: tuple[int, int], source: tuple[int, int], rounds: int, bfloat16: bool) -> dict[str, dict[str, float]]:
-    """Seconds of a clip of two frames by way and stage, the best of `rounds`, all ways in turn."""
-    images = torch.randn(2, 3, *size)
-    frames = images.contiguous(memory_format=torch.channels_last)
-    published = Published(network(size, 2), source)
-    dtypes = (("float32", torch.float32), ("bfloat16", torch.bfloat16))[: 1 + bfloat16]
-    ours = {name: Ours(for_inference(network(size, 2), dtype), source) for name, dtype in dtypes}
-    best: dict[str, dict[str, float]] = {}
+@dataclass(frozen=True)
+class How:
+    """A way to go through a video: the published one or ours in some precision; clips alone or each after the one before."""
 
-    def keep(way: str, stages: dict[str, float]) -> None:
-        if way not in best or sum(stages.values()) < sum(best[way].values()):
-            best[way] = stages
-
-    for _ in range(rounds):
-        start = clock()
-        prediction = published.network(images)
-        middle = clock()
-        published.merge(*prediction)
-        keep("published", {"network": middle - start, "panoptic merge and stitching": clock() - middle})
-        for name, clips in ours.items():
-            for way, run in (("a clip alone", clips.whole), ("the next clip", clips.next)):
-                clips.stages = {}
-                if way == "the next clip" and not clips.waiting:
-                    clips.next(frames)  # the first has nothing to build on
-                    clips.stages = {}
-                run(frames)
-                keep(f"{name}, {way}", clips.stages)
-    return best
+    dtype: torch.dtype | None = None  # None: published
+    run: str = "next"
+    keep_freed: bool = True
 
 
-@torch.inference_mode()
-def by_clip_length(size: tuple[int, int], source: tuple[int, int], lengths: tuple[int, ...], rounds: int, dtype: torch.dtype) -> dict[int, float]:
-    """Seconds for each new frame of a video."""
-    images = torch.randn(max(lengths), 3, *size).contiguous(memory_format=torch.channels_last)
-    clips = {length: Ours(for_inference(network(size, length), dtype), source) for length in lengths}
-    best = dict.fromkeys(lengths, math.inf)
-    for i in range(rounds + 1):  # the first round has nothing to build on
-        for length, run in clips.items():
-            start = clock()
-            run.next(images[:length])
-            if i:
-                best[length] = min(best[length], (clock() - start) / max(length - 1, 1))
-    return best
+PUBLISHED = "published"
+WAYS = {
+    PUBLISHED: How(keep_freed=False),
+    "published, freed memory kept": How(),
+    "float32, a clip alone": How(torch.float32, "alone"),
+    "float32, the next clip": How(torch.float32),
+    "bfloat16, a clip alone": How(torch.bfloat16, "alone"),
+    "bfloat16, the next clip": How(torch.bfloat16),
+}
+
+
+class Clips:
+    """A process's way through a video: each call is one clip more; seconds by stage."""
+
+    @torch.inference_mode()
+    def __init__(self, how: How, size: tuple[int, int], source: tuple[int, int], length: int, cpu_time: bool) -> None:
+        images = torch.randn(length, 3, *size)
+        model, self.timed = network(size, length), Stopwatch(cpu_time)
+        if how.dtype is None:
+            self.clips, self.images = Published(model, source, self.timed), images
+        else:
+            self.clips = Ours(for_inference(model, how.dtype), source, self.timed)
+            self.images = images.contiguous(memory_format=torch.channels_last)
+        self.run = getattr(self.clips, how.run)
+
+    @torch.inference_mode()
+    def __call__(self) -> dict[str, float]:
+        self.timed.stages.clear()
+        self.run(self.images)
+        return dict(self.timed.stages)
+
+
+def in_turn(ways: dict[str, Apart], rounds: int) -> dict[str, dict[str, float]]:
+    """Of each way the seconds by stage of its best run. Two do not count: the first has nothing to build on, and the second meets
+    code that nothing has loaded yet."""
+    runs = [{name: way() for name, way in ways.items()} for _ in range(rounds + 2)]
+    return {name: min((each[name] for each in runs[2:]), key=lambda stages: sum(stages.values())) for name in ways}
+
+
+def against_published(size: tuple[int, int], source: tuple[int, int], rounds: int, threads: int, cpu_time: bool) -> dict[str, dict]:
+    """Of a clip of two frames by way: seconds by stage, and bytes of memory at most."""
+    ways = {name: Apart(Clips, how, size, source, 2, cpu_time, threads=threads, keep_freed=how.keep_freed) for name, how in WAYS.items()}
+    best = in_turn(ways, rounds)
+    rows = {name: {"stages": best[name], "peak memory, MB": way.peak_memory() / 1e6} for name, way in ways.items()}
+    for way in ways.values():
+        way.close()
+    return rows
+
+
+def by_clip_length(
+    size: tuple[int, int], source: tuple[int, int], lengths: tuple[int, ...], rounds: int, threads: int, cpu_time: bool
+) -> Iterator[tuple[int, float, float]]:
+    """Clip length, seconds for a clip and for each new frame in it, in float32. Clips of several frames share one with the clip before."""
+    ways = {str(n): Apart(Clips, How(torch.float32), size, source, n, cpu_time, threads=threads, keep_freed=True) for n in lengths}
+    best = in_turn(ways, rounds)
+    for length, way in zip(lengths, ways.values()):
+        way.close()
+        seconds = sum(best[str(length)].values())
+        yield length, seconds, seconds / max(length - 1, 1)
 
 
 def main(
     sizes: tuple[str, ...] = ("481x865:480x854", "897x1601:720x1280"),
     lengths: tuple[int, ...] = (1, 2, 4, 6),
-    rounds: int = 2,
+    rounds: int = 3,
     threads: int = 2,
-    bfloat16: bool = True,
     cpu_time: bool = False,
     out: Path | None = None,
 ) -> None:
@@ -228,31 +261,36 @@ def main(
         lengths: clip lengths to time in float32 at the first size.
         rounds: every way runs once per round, the best counts.
         threads: of PyTorch.
-        bfloat16: time the bfloat16 network too.
         cpu_time: seconds of all threads instead of the clock's, for a busy machine; set GOMP_SPINCOUNT=0, or waiting counts too.
         out: write the figures as JSON.
     """
-    global clock
-    clock = time.process_time if cpu_time else time.perf_counter
-    keep_freed_memory()
     torch.set_num_threads(threads)
-    console, record = Console(width=130), {"threads": threads, "clips": {}}
+    console, record = Console(width=150), {"machine": machine(threads), "cpu_time": cpu_time, "clips": {}, "clip lengths": {}}
     for given in sizes:
-        size, source = (tuple(map(int, part.split("x"))) for part in given.split(":"))
-        rows = record["clips"][given] = against_published(size, source, rounds, bfloat16)
-        title = f"Video-kMaX ResNet-50, a clip of two, network {size}, video {source}, {threads} threads{', CPU time' * cpu_time}"
-        table = Table("way", "seconds", "times published", "stages", title=title)
-        base = sum(rows["published"].values())
-        for way, stages in rows.items():
-            total = sum(stages.values())
-            shares = ", ".join(f"{name} {seconds:.2f} s ({seconds / total:.0%})" for name, seconds in stages.items())
-            table.add_row(way, f"{total:.2f}", f"{base / total:.1f}", shares)
-        console.print(table)
-    size, source = (tuple(map(int, part.split("x"))) for part in sizes[0].split(":"))
-    record["seconds_per_frame"] = by_clip_length(size, source, lengths, rounds, torch.float32)
-    console.print(f"seconds per frame by clip length, {sizes[0]}: " + ", ".join(f"{n}: {s:.2f}" for n, s in record["seconds_per_frame"].items()))
+        rows = record["clips"][given] = against_published(*_sizes(given), rounds, threads, cpu_time)
+        console.print(_table(f"Video-kMaX ResNet-50, a clip of two, {given}, {threads} threads{', CPU time' * cpu_time}", rows))
+    for length, clip, frame in by_clip_length(*_sizes(sizes[0]), lengths, rounds, threads, cpu_time):
+        record["clip lengths"][length] = {"seconds per clip": clip, "seconds per new frame": frame}
+        console.print(f"{sizes[0]}, clip length {length}: {clip:.2f} s per clip, {frame:.2f} s per new frame")
     if out:
         out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _sizes(given: str) -> list[tuple[int, int]]:
+    return [tuple(map(int, part.split("x"))) for part in given.split(":")]
+
+
+def _table(title: str, rows: dict[str, dict]) -> Table:
+    table = Table("way", "seconds", "times published", "network alone", "MB", "stages", title=title)
+    of_network = lambda stages: sum(s for name, s in stages.items() if name not in BEHIND)  # noqa: E731
+    base = rows[PUBLISHED]["stages"]
+    for way, row in rows.items():
+        stages = row["stages"]
+        total = sum(stages.values())
+        shares = ", ".join(f"{name} {seconds:.3f} ({seconds / total:.0%})" for name, seconds in stages.items())
+        ratios = [f"{of(base) / of(stages):.1f}x" for of in (lambda s: sum(s.values()), of_network)]
+        table.add_row(way, f"{total:.2f}", *ratios, f"{row['peak memory, MB']:.0f}", shares)
+    return table
 
 
 if __name__ == "__main__":
