@@ -193,8 +193,7 @@ PYVSEG_INLINE void similarities(const Problem& p, const Scratch& s, float conten
 PYVSEG_INLINE vfloat exponentials(float* weights, int64_t length) {
   vfloat top = load(weights), total{};
   for (int64_t m = 1; m < length; ++m) {
-    const vfloat x = load(weights + m * kLanes);
-    top = x > top ? x : top;
+    top = larger(load(weights + m * kLanes), top);
   }
   for (int64_t m = 0; m < length; ++m) {
     const vfloat x = exp_nonpositive(load(weights + m * kLanes) - top);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The leading queries of every full-size pixel and their softmax, from coarse mask logits (see pyvseg/ops/mask_winners.py).
-// Full-size logits exist for one pixel at a time. A tile looks only at queries that can matter in it: interpolation never
+// Full-size logits exist for one vector of pixels at a time. A tile looks only at queries that can matter in it: interpolation never
 // leaves the range of its window, so a query far below another one everywhere neither leads nor shows in a sum.
 #include <cstdint>
 
@@ -26,12 +26,16 @@ struct Problem {
 };
 
 struct Scratch {
-  float* window;    // (rows, columns, candidates) of the tile
-  float* line;      // (columns, candidates)
-  float* pixel;     // candidates
+  float* window;    // (candidates, rows, pitch) of the tile
+  float* line;      // (candidates, pitch)
+  float* pixels;    // (candidates, lanes)
+  float* weights;   // (columns of a tile / lanes, taps, lanes)
   int32_t* chosen;  // N
   float* highest;   // N
 };
+
+// Of a row of cells in scratch memory: whole vectors, and one may begin at any cell.
+constexpr int64_t pitch_of(int64_t cells, int64_t lanes) { return (cells + 2 * lanes - 1) / lanes * lanes; }
 
 struct Kernels {
   int64_t lanes;
@@ -98,86 +102,125 @@ int64_t candidates(const Problem& p, const Scratch& s, const float* frame, Span 
   return count;
 }
 
-PYVSEG_INLINE float largest(vfloat v) {
-  for (int step = kLanes / 2; step; step /= 2) {
-    const vfloat other = (vfloat)shuffle((vuint)v, (vuint)v, (vuint)lane_index() ^ step);
-    v = other > v ? other : v;
-  }
-  return v[0];
-}
-PYVSEG_INLINE int32_t smallest(vint v) {
-  for (int step = kLanes / 2; step; step /= 2) {
-    const vint other = (vint)shuffle((vuint)v, (vuint)v, (vuint)lane_index() ^ step);
-    v = other < v ? other : v;
-  }
-  return v[0];
-}
+// Adjacent pixels of a row: where the cells that they see begin, and how far from there each pixel's do.
+struct Pixels {
+  int64_t count, begin;
+  vint offset;
+  bool near;  // all that they see is one vector of cells
 
-struct Best {
-  float logit;
-  int32_t place;
+  Pixels(const Axis& columns, int64_t x, int64_t end) : count(end - x < kLanes ? end - x : kLanes), begin(columns.first[x]) {
+    int32_t first[kLanes], last = 0;
+    for (int64_t j = 0; j < count; ++j) begin = columns.first[x + j] < begin ? columns.first[x + j] : begin;
+    for (int64_t j = 0; j < kLanes; ++j) {
+      first[j] = columns.first[x + (j < count ? j : count - 1)] - int32_t(begin);
+      last = first[j] > last ? first[j] : last;
+    }
+    offset = load(first);
+    near = last + columns.taps <= kLanes;
+  }
 };
 
-// The first of the largest.
-PYVSEG_INLINE Best best_of(const float* pixel, int64_t width) {
-  vfloat high = load(pixel);
-  for (int64_t i = kLanes; i < width; i += kLanes) {
-    const vfloat x = load(pixel + i);
-    high = x > high ? x : high;
+// Logits of the pixels from a query's row of cells; those past `cells` count nothing.
+PYVSEG_INLINE vfloat interpolate(const Pixels& at, const float* cell, int64_t cells, const float* weights, int64_t taps) {
+  vfloat z{};
+  for (int64_t k = 0; k < taps; ++k)
+    for (int j = 0; j < kLanes; ++j)
+      if (at.offset[j] + k < cells) z[j] += weights[k * kLanes + j] * cell[at.offset[j] + k];
+  return z;
+}
+
+// The leading queries of some pixels, whose logits of query number i are logits(i).
+template <int kBest, typename Logits>
+PYVSEG_INLINE void lead(const Problem& p, const Scratch& s, int64_t queries, int64_t count, int64_t out, const Logits& logits) {
+  float* const pixels = s.pixels;
+  const int32_t* const chosen = s.chosen;
+  vfloat top = logits(0), next = splat(2 * kNever);
+  vint leader = splat(chosen[0]), follower = splat(chosen[kBest - 1]);
+  store(pixels, top);
+  for (int64_t i = 1; i < queries; ++i) {
+    const vfloat z = logits(i);
+    store(pixels + i * kLanes, z);
+    const vint query = splat(chosen[i]);
+    if (kBest == 2) {
+      follower = z > top ? leader : z > next ? query : follower;
+      next = z > top ? top : larger(z, next);
+    }
+    leader = z > top ? query : leader;
+    top = larger(z, top);
   }
-  const float top = largest(high);
-  for (int64_t i = 0; i < width; i += kLanes) {
-    const int32_t place = smallest(load(pixel + i) == top ? lane_index() + int32_t(i) : splat(INT32_MAX));
-    if (place != INT32_MAX) return {top, place};
+  vfloat total{};
+  for (int64_t i = 0; i < queries; ++i) {
+    const vfloat below = load(pixels + i * kLanes) - top;
+    if (greater_mask(below, splat(-kFar))) total += exp_of_share(below);
   }
-  return {top, 0};  // NaN only
+  const vfloat share = 1.0f / total, other = kBest == 2 ? share * exp_nonpositive(next - top) : share;
+  for (int64_t j = 0; j < count; ++j) {
+    p.index[out + j] = int16_t(leader[j]);
+    p.probability[out + j] = share[j];
+    if (kBest < 2) continue;
+    p.index[p.plane + out + j] = int16_t(follower[j]);
+    p.probability[p.plane + out + j] = other[j];
+  }
+}
+
+template <int kBest>
+void row_of_pixels(const Problem& p, const Scratch& s, int64_t queries, Span columns, int64_t pitch, int64_t x0, int64_t x1, int64_t out) {
+  const int64_t taps = p.columns.taps;
+  for (int64_t x = x0; x < x1; x += kLanes) {
+    const Pixels at(p.columns, x, x1);
+    const float *weights = s.weights + (x - x0) * taps, *cell = s.line + at.begin - columns.begin;
+    if (at.near && taps == 2) {
+      const vfloat one = load(weights), other = load(weights + kLanes);
+      const vuint from = (vuint)at.offset, after = from + 1;
+      lead<kBest>(p, s, queries, at.count, out + x, [&](int64_t i) {
+        const vuint v = (vuint)load(cell + i * pitch);
+        return one * (vfloat)shuffle(v, v, from) + other * (vfloat)shuffle(v, v, after);
+      });
+    } else {
+      lead<kBest>(p, s, queries, at.count, out + x,
+                  [&](int64_t i) { return interpolate(at, cell + i * pitch, columns.end - at.begin, weights, taps); });
+    }
+  }
+}
+
+// The part of the frame that a tile sees, query by query.
+void cut_out(const Scratch& s, const float* frame, int64_t h, int64_t w, int64_t count, Span rows, Span columns, int64_t pitch) {
+  const int64_t across = columns.end - columns.begin;
+  float* to = s.window;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t r = rows.begin; r < rows.end; ++r, to += pitch) {
+      __builtin_memcpy(to, frame + (s.chosen[i] * h + r) * w + columns.begin, across * sizeof(float));
+      for (int64_t c = across; c < pitch; ++c) to[c] = 0;
+    }
 }
 
 void tile(const Problem& p, const Scratch& s, int64_t t, int64_t row0, int64_t column0) {
   const int64_t row1 = row0 + p.rows.tile < p.rows.outputs ? row0 + p.rows.tile : p.rows.outputs;
   const int64_t column1 = column0 + p.columns.tile < p.columns.outputs ? column0 + p.columns.tile : p.columns.outputs;
   const Span rows = inputs_of(p.rows, row0, row1), columns = inputs_of(p.columns, column0, column1);
-  const int64_t h = p.rows.inputs, w = p.columns.inputs, W = p.columns.outputs;
+  const int64_t h = p.rows.inputs, w = p.columns.inputs, pitch = pitch_of(columns.end - columns.begin, kLanes);
   const float* frame = p.logits + t * p.N * h * w;
-  const int64_t count = candidates(p, s, frame, rows, columns), width = (count + kLanes - 1) / kLanes * kLanes;
-  const int64_t across = columns.end - columns.begin;
-  for (int64_t i = 0; i < width; ++i) {
-    const float* from = frame + (i < count ? s.chosen[i] : 0) * h * w;
-    for (int64_t r = rows.begin; r < rows.end; ++r)
-      for (int64_t c = 0; c < across; ++c)
-        s.window[((r - rows.begin) * across + c) * width + i] = i < count ? from[r * w + columns.begin + c] : kNever;
-  }
+  const int64_t count = candidates(p, s, frame, rows, columns), down = rows.end - rows.begin;
+  cut_out(s, frame, h, w, count, rows, columns, pitch);
+  for (int64_t x = column0; x < column1; ++x)
+    for (int64_t k = 0; k < p.columns.taps; ++k)
+      s.weights[((x - column0) / kLanes * p.columns.taps + k) * kLanes + (x - column0) % kLanes] = p.columns.weights[x * p.columns.taps + k];
   for (int64_t y = row0; y < row1; ++y) {
-    for (int64_t k = 0; k < p.rows.taps; ++k) {
-      const float weight = p.rows.weights[y * p.rows.taps + k];
-      const int64_t r = p.rows.first[y] + k < h ? p.rows.first[y] + k : h - 1;
-      const float* from = s.window + (r - rows.begin) * across * width;
-      for (int64_t i = 0; i < across * width; i += kLanes)
-        store(s.line + i, k ? load(s.line + i) + weight * load(from + i) : weight * load(from + i));
-    }
-    for (int64_t x = column0; x < column1; ++x) {
-      const float* weights = p.columns.weights + x * p.columns.taps;
-      const float* from = s.line + (p.columns.first[x] - columns.begin) * width;
-      const int64_t taps = p.columns.first[x] + p.columns.taps <= w ? p.columns.taps : w - p.columns.first[x];
-      for (int64_t i = 0; i < width; i += kLanes) {
-        vfloat z = weights[0] * load(from + i);
-        for (int64_t k = 1; k < taps; ++k) z += weights[k] * load(from + k * width + i);
-        store(s.pixel + i, z);
-      }
-      const Best lead = best_of(s.pixel, width);
-      vfloat total{};
-      for (int64_t i = 0; i < width; i += kLanes) total += exp_nonpositive(load(s.pixel + i) - lead.logit);
-      const float share = 1.0f / sum(total);
-      int64_t at = (t * p.rows.outputs + y) * W + x;
-      p.index[at] = int16_t(s.chosen[lead.place]);
-      p.probability[at] = share;
-      if (p.best == 2) {
-        s.pixel[lead.place] = 2 * kNever;
-        const Best second = best_of(s.pixel, width);
-        p.index[at + p.plane] = int16_t(s.chosen[second.place]);
-        p.probability[at + p.plane] = share * exp_nonpositive(splat(second.logit - lead.logit))[0];
+    const float* weights = p.rows.weights + y * p.rows.taps;
+    const int64_t first = p.rows.first[y], taps = first + p.rows.taps <= h ? p.rows.taps : h - first;
+    for (int64_t i = 0; i < count; ++i) {
+      const float* from = s.window + (i * down + first - rows.begin) * pitch;
+      for (int64_t c = 0; c < columns.end - columns.begin; c += kLanes) {
+        vfloat z = weights[0] * load(from + c);
+        for (int64_t k = 1; k < taps; ++k) z += weights[k] * load(from + k * pitch + c);
+        store(s.line + i * pitch + c, z);
       }
     }
+    const int64_t out = (t * p.rows.outputs + y) * p.columns.outputs;
+    if (p.best == 2)
+      row_of_pixels<2>(p, s, count, columns, pitch, column0, column1, out);
+    else
+      row_of_pixels<1>(p, s, count, columns, pitch, column0, column1, out);
   }
 }
 
@@ -234,13 +277,13 @@ std::tuple<Tensor, Tensor> mask_winners(const Tensor& logits, const Tensor& row_
                         probability.mutable_data_ptr<float>(), T * rows.outputs * columns.outputs};
   if (problem.plane == 0) return {index, probability};
   const Kernels& kernel = kernels();
-  const int64_t width = (N + kernel.lanes - 1) / kernel.lanes * kernel.lanes, across = widest(columns);
-  const int64_t bands = (rows.outputs + rows.tile - 1) / rows.tile, down = widest(rows);
+  const int64_t pitch = pitch_of(widest(columns), kernel.lanes), bands = (rows.outputs + rows.tile - 1) / rows.tile, down = widest(rows);
+  const int64_t weights = pitch_of(columns.tile, kernel.lanes) * columns.taps;
   parallel_for(0, T * bands, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> floats((down + 1) * across * width + width + N);
+    std::vector<float> floats(N * ((down + 1) * pitch + kernel.lanes + 1) + weights);
     std::vector<int32_t> chosen(N);
-    float* line = floats.data() + down * across * width;
-    const Scratch scratch{floats.data(), line, line + across * width, chosen.data(), line + (across + 1) * width};
+    float *line = floats.data() + N * down * pitch, *pixels = line + N * pitch, *lines_end = pixels + N * kernel.lanes;
+    const Scratch scratch{floats.data(), line, pixels, lines_end, chosen.data(), lines_end + weights};
     for (int64_t i = begin; i < end; ++i)
       for (int64_t column = 0; column < columns.outputs; column += columns.tile)
         kernel.tile(problem, scratch, i / bands, i % bands * rows.tile, column);

@@ -239,24 +239,45 @@ PYVSEG_INLINE uint32_t greater_mask(vfloat a, vfloat b) {
 #endif
 }
 
-// exp(x) for x <= 0, within 1 ulp of the rounded result; 0 below -104, NaN for NaN.
-PYVSEG_INLINE vfloat exp_nonpositive(vfloat x) {
+// The larger of a and b, b where one is NaN. Unlike a comparison that something else needs too it is one instruction.
+PYVSEG_INLINE vfloat larger(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// exp(x) is the result times 2^e, where e lies in the low bits of `shifted`.
+PYVSEG_INLINE vfloat exp_fraction(vfloat x, vfloat* shifted) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
-  const vfloat clamped = x < -104.0f ? splat(-104.0f) : x;
-  const vfloat shifted = clamped * 1.44269504088896341f + magic;
-  const vfloat n = shifted - magic;
-  const vfloat r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  *shifted = x * 1.44269504088896341f + magic;
+  const vfloat n = *shifted - magic;
+  const vfloat r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   vfloat p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  return p * r * r + r + 1.0f;
+}
+
+// exp(x) for x <= 0, within 1 ulp of the rounded result; 0 below -104, NaN for NaN.
+PYVSEG_INLINE vfloat exp_nonpositive(vfloat x) {
+  vfloat shifted;
+  const vfloat p = exp_fraction(x < -104.0f ? splat(-104.0f) : x, &shifted);
   // 2^n in two factors, so that results below 2^-126 come out as denormals.
-  const vint e = (vint)shifted - (vint)splat(magic);
+  const vint e = (vint)shifted - (vint)splat(12582912.0f);
   const vint low = e >> 1;
   return p * (vfloat)((low + 127) << 23) * (vfloat)((e - low + 127) << 23);
+}
+
+// The same for sums in which nothing below exp(-80) shows: less there is the same as that, and so is NaN.
+PYVSEG_INLINE vfloat exp_of_share(vfloat x) {
+  vfloat shifted;
+  const vfloat p = exp_fraction(larger(x, splat(-80.0f)), &shifted);
+  return (vfloat)((vint)p + ((vint)shifted << 23));
 }
 
 // out[i] += scale * row[i], i < n
