@@ -155,7 +155,7 @@ def _here(jobs: list[Job], recipe: Recipe, out: Path, stop: Event, tell: Callabl
 
 def segment(jobs: Iterable[Job], task: Task, out: Path, stop: Event, tell: Callable[[Outcome], None]) -> dict[str, float]:
     """Runs the jobs in this process; returns busy shares. Raises OutputError where nothing can be written: that concerns every video."""
-    session = Session(stop, resume=True)
+    session = Session(stop, resume=True, decoder=task.settings.get("decoder", "cpu"))
     begun: dict[str, tuple[float, Lane | None]] = {}
 
     def make(job: Job) -> Lane:

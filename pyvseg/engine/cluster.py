@@ -17,7 +17,7 @@ from threading import Event
 from pyvseg.engine.jobs import Job
 from pyvseg.engine.manifest import Outcome
 from pyvseg.engine.trace import Span, keeps, recording, take
-from pyvseg.errors import OutputError, PyvsegError
+from pyvseg.errors import PyvsegError
 
 _RETRIES = 3  # of a video whose process or machine dies
 _AHEAD = 2  # tasks that wait for each one that can run: Ray's scaling goes by what waits
@@ -90,7 +90,7 @@ def _result(ray, ready, job: Job) -> tuple[Outcome, dict[str, float], list[Span]
     try:
         return ray.get(ready)
     except ray.exceptions.RayTaskError as error:
-        raise OutputError(str(error.cause)) from None if isinstance(error.cause, OutputError) else error
+        raise type(error.cause)(str(error.cause)) from None if isinstance(error.cause, PyvsegError) else error
     except ray.exceptions.RayError as error:  # the process or the machine died too often
         return Outcome(job.name, str(job.video), f"{job.video}: {type(error).__name__}: {str(error).splitlines()[0]}"), {}, []
 

@@ -48,6 +48,8 @@ class Recipe:
     """bfloat16 is faster where the hardware knows it, and not exact."""
     clip_length: int | None = None
     """Frames segmented together: longer is faster, shorter follows fast change better. Left out: the model's own number."""
+    decoder: Literal["cpu", "nvdec"] = "cpu"
+    """What decodes video files: FFmpeg, or the GPU's own decoder, which differs in the last bits. Needs pyvseg[nvdec]."""
     max_memory_frames: int | Literal["none"] = 16  # pyvseg.models.vos.DEFAULT_MEMORY_FRAMES
     """Frames that the memory holds of the objects of given masks; none = no bound, as published."""
     at_once: int | None = None
@@ -82,7 +84,7 @@ class Recipe:
         from pyvseg.models import zoo
 
         given = asdict(self) | asdict(self.results) | {"weights": str(self.weights), "pyvseg": __version__}
-        names = ["model", "weights", "precision", "pngs", "overlay", "pyvseg"]
+        names = ["model", "weights", "precision", "decoder", "pngs", "overlay", "pyvseg"]
         if self.task_name == "video instance segmentation":
             names += ["score_threshold", "top_k", "compat"]
         else:
@@ -103,6 +105,9 @@ class Recipe:
     def network(self):
         """The model's network, loaded, and how many videos it takes at once."""
         from pyvseg.models import zoo
+        from pyvseg.video import nvdec
 
+        if self.decoder == "nvdec":
+            nvdec.check()
         network = zoo.load(self.model, weights=self.weights, device=self.device, precision=self.precision)
         return network, self.at_once or (4 if network.device.type == "cuda" else 1)

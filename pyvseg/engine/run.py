@@ -66,7 +66,7 @@ def run(
         print(note, file=sys.stderr)
     targets = {job.name: task.targets(out, job.name, single) for job in jobs}
     with stop_on_interrupt() as stop, tqdm(total=len(jobs), unit=" videos", leave=False, disable=None if progress and not single else True) as bar:
-        session = Session(stop, resume, frames, progress and single)
+        session = Session(stop, resume, frames, progress and single, task.settings.get("decoder", "cpu"))
 
         def make(job: Job) -> Lane | None:
             lane = task.lane(session, job, targets[job.name])

@@ -32,12 +32,14 @@ class Session:
     resume    whether finished videos are left alone and suspended ones go on
     part      (start, stop), frames of a single video; None for all
     progress  a bar for each video
+    decoder   of video files, see `open_video`
     """
 
     stop: Event
     resume: bool = False
     part: tuple[int, int | None] | None = None
     progress: bool = False
+    decoder: str = "cpu"
     frames: int = 0  # taken from decoders
     found: Counter = field(default_factory=Counter)  # whatever a task counts, in finished videos
 
@@ -54,6 +56,7 @@ class Task(Protocol):
     """A loaded model, and what is to be made of videos with it."""
 
     at_once: int  # videos under way at a time, at most
+    settings: dict  # all that results depend on besides video and masks: model, weights, decoder, ...
 
     def find(self, source, masks, annotations: str, sequences: list[str] | None) -> Found:
         """See `pyvseg.engine.run.run` for the arguments. Raises PyvsegError where this task cannot use them."""
@@ -176,7 +179,7 @@ class Lane:
         self._threads.close()
 
 
-def opened(job: Job, part: tuple[int, int | None] | None) -> Video:
-    """The job's video, cut to `part`. Raises VideoError."""
-    video = open_video(job.video)
-    return video.part(*part) if part else video
+def opened(job: Job, session: Session) -> Video:
+    """The job's video, or the session's part of it. Raises VideoError."""
+    video = open_video(job.video, session.decoder)
+    return video.part(*session.part) if session.part else video

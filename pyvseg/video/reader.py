@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from pyvseg.errors import VideoError
+from pyvseg.video import nvdec
 from pyvseg.video.png import MAX_PIXELS
 from pyvseg.video.types import Frame
 
@@ -59,12 +60,13 @@ class Video:
         return replace(self, frame_count=count, frame_names=names, images=images, first_number=start)
 
 
-def open_video(source: str | Path | list[Path] | Iterable[np.ndarray] | Video) -> Video:
+def open_video(source: str | Path | list[Path] | Iterable[np.ndarray] | Video, decoder: str = "cpu") -> Video:
     """Opens a video file, a folder of images (in the order of their names), a list of image files, or an iterable of uint8
     (H, W, 3) RGB arrays.
 
     The first frame is decoded here, so a source without frames fails at once. A one-shot iterable can be iterated once.
-    Raises VideoError.
+    decoder: "cpu", or "nvdec" for files, see `pyvseg.video.nvdec`; files that carry a rotation are decoded on the CPU.
+    Raises VideoError, and PyvsegError where NVDEC is not to be had.
     """
     if isinstance(source, Video):
         return source
@@ -77,7 +79,7 @@ def open_video(source: str | Path | list[Path] | Iterable[np.ndarray] | Video) -
         return _open_folder(path)
     if not path.exists():
         raise VideoError(f"{path}: no such video file or folder of images")
-    return _open_file(path)
+    return _open_file(path, decoder)
 
 
 def _first(images: Iterator[np.ndarray], source: str) -> np.ndarray:
@@ -136,7 +138,7 @@ def read_image(path: Path) -> np.ndarray:
     return image
 
 
-def _open_file(path: Path) -> Video:
+def _open_file(path: Path, decoder: str) -> Video:
     source = str(path)
     with _container(path) as (container, stream):
         fps = stream.average_rate or stream.guessed_rate
@@ -145,8 +147,10 @@ def _open_file(path: Path) -> Video:
         if count is None and fps and end:
             count = max(1, round(end * fps))
         _check_index(stream, path)
-    first = _first(_decode(path), source)
-    return Video(path.stem, source, first.shape[:2], fps, count, None, lambda: _decode(path))
+        first = next(container.decode(stream), None) if decoder == "nvdec" else None
+        decode = nvdec.decode if first is not None and not first.rotation % 360 else _decode
+    first = _first(decode(path), source)
+    return Video(path.stem, source, first.shape[:2], fps, count, None, lambda: decode(path))
 
 
 class _container:

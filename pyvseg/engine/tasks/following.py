@@ -8,7 +8,7 @@ OUT/rle/SEQUENCE.json, OUT/overlays/SEQUENCE.mp4.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -100,7 +100,7 @@ class Following:
 
 class FollowingLane(Lane):
     def __init__(self, task: Following, session: Session, job: Job, targets: Targets) -> None:
-        video, self.given = _open(job, session.part)
+        video, self.given = _open(job, session)
         super().__init__(session, job, targets, video, {"masks": fingerprint(self.given), **task.settings})
         self.task = task
         objects = len({int(i) for mask in self.given.values() for i in np.unique(mask)} - {0})
@@ -150,9 +150,9 @@ class FollowingLane(Lane):
         return self.propagation.state.save
 
 
-def _open(job: Job, part: tuple[int, int | None] | None) -> tuple[Video, dict[int, np.ndarray]]:
-    """The video and its masks by frame index, both cut to `part`."""
-    video = opened(job, None)
+def _open(job: Job, session: Session) -> tuple[Video, dict[int, np.ndarray]]:
+    """The video and its masks by frame index, both cut to the session's part."""
+    video, part = opened(job, replace(session, part=None)), session.part
     if job.masks is None:
         raise VideoError(f"{video.source}: no masks given for this video; name them in the list, or put NAME.png, NAME.json or NAME/ into the --masks folder")
     given = read_masks(job.masks, video)

@@ -83,7 +83,7 @@ class Instances:
 
 class InstanceLane(Lane):
     def __init__(self, task: Instances, session: Session, job: Job, targets: Targets) -> None:
-        video = opened(job, session.part)
+        video = opened(job, session)
         if job.size and job.size != video.size:
             wanted, there = ("x".join(map(str, size[::-1])) for size in (job.size, video.size))
             raise VideoError(f"{video.source}: images are {there}, the annotation file says {wanted}; results would not fit")

@@ -88,7 +88,7 @@ class Panoptic:
 class PanopticLane(Lane):
     def __init__(self, task: Panoptic, session: Session, job: Job, targets: Targets) -> None:
         self.task, self.classes = task, task.classes
-        super().__init__(session, job, targets, opened(job, session.part), {"model": task.name, **task.settings})
+        super().__init__(session, job, targets, opened(job, session), {"model": task.name, **task.settings})
 
     def begin(self, saved: Path | None) -> None:
         work, results, classes = self.targets.work, self.task.results, self.classes
