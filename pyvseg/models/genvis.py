@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyvseg.layers.packed import products
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.spool import MaskStore
 from pyvseg.models.video_instances import Selection, VideoInstances, render
@@ -115,7 +116,7 @@ class GenVIS(VITA):
         past = (None, None) if memory.keys is None else (memory.keys[: len(memory)], memory.values[: len(memory)])
         carried = self.video.decode(tokens, self.video.read(carried, *past))[-1]
         queries = self.video.decoder_norm(carried)
-        masks = self.video.mask_embed(queries)[0] @ features.masks.flatten(2)
+        masks = products(self.video.mask_embed(queries).expand(len(features.masks), -1, -1), features.masks.flatten(2))
         return ClipQueries(carried, self.video.class_embed(queries)[0], masks.unflatten(2, features.masks.shape[2:]))
 
     def link(self, clip: ClipQueries, state: GenVISState) -> None:

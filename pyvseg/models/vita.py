@@ -86,7 +86,7 @@ class VITA(Mask2Former):
         embeddings = self.video.mask_embed(queries).float()
 
         def logits_at(frame: int, objects: list[int]) -> tuple[list[int], Tensor]:
-            masks = state.masks[frame].to(embeddings.device)
+            masks = state.masks[frame].to(embeddings)
             return list(range(len(objects))), (embeddings[objects] @ masks.flatten(1)).unflatten(1, masks.shape[1:])
 
         chosen = Selection.best(probabilities, top or self.settings.top, compat=compat)

@@ -18,6 +18,7 @@ from pyvseg.models import spool, zoo
 from pyvseg.models.categories import OVIS, YOUTUBE_VIS_2019, YOUTUBE_VIS_2021
 from pyvseg.video import writer
 from pyvseg.video.rle import decode_rle
+from tests.video.clips import images
 
 NAMES = ["mask2former_video_r50_ytvis19", "minvis_r50_ytvis21", "ctvis_r50_ovis", "vita_r50_ytvis19", "genvis_r50_ytvis19_semionline"]
 
@@ -59,6 +60,13 @@ def test_one_frame_of_any_shape(name, small):
     for height, width in ((1, 1), (3, 400), (300, 2)):
         tracks = segment(model, [Frame(0, np.zeros((height, width, 3), np.uint8), "0")])
         assert tracks[0].masks.shape == (1, height, width) and np.isfinite(tracks.scores).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_gives_nearly_the_same(name, small):
+    weights, frames = small(name), [Frame(t, image, str(t)) for t, image in enumerate(images(4))]
+    exact, near = (segment(zoo.load(name, weights=weights, precision=precision), frames) for precision in ("float32", "bfloat16"))
+    assert len(near) == len(exact) and np.allclose(near.scores, exact.scores, atol=0.03) and near[0].masks.shape == (4, 48, 64)
 
 
 def test_damaged_weights_and_full_disks(small, clip, tmp_path, capsys, monkeypatch):
