@@ -30,6 +30,7 @@ def _copies(device: torch.device) -> torch.cuda.Stream:
 
 
 @lru_cache(256)
+@torch.inference_mode(False)  # training may need it in its backward
 def constant(values: tuple, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor of these numbers, made once for each device: the host would wait whenever it makes one there. Not to be changed."""
     return torch.tensor(values, dtype=dtype).to(device)

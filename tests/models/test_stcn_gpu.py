@@ -61,6 +61,14 @@ def test_transfers_on_a_cpu_are_the_arrays_themselves():
     assert constant((1.0, 2.0), cpu) is constant((1.0, 2.0), cpu) and constant((1,), cpu, torch.uint8).dtype == torch.uint8
 
 
+def test_constants_made_in_inference_serve_training():
+    with torch.inference_mode():
+        rows = constant((1, 0), torch.device("cpu"), torch.int64)
+    x = torch.ones(2, 3, requires_grad=True)
+    x[rows].square().sum().backward()
+    assert torch.equal(x.grad, torch.full((2, 3), 2.0))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_on_a_gpu_nothing_in_a_clip_waits(precision):
