@@ -36,7 +36,7 @@ from pyvseg.models.video_kmax import VideoKMaX, VideoKMaXSettings
 
 THINGS = tuple(range(58))
 BEHIND = ("panoptic merge and stitching", "panoptic merge", "linking")  # stages behind the network
-RULES = PanopticSettings(0.8, 0.3)  # of these random weights: about half of the queries, more than a trained network keeps
+RULES = PanopticSettings(0.98, 0.3)  # of these random weights: about half of the queries, more than a trained network keeps
 
 
 class Stopwatch:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ class ConvNeXtSizes:
 class UnactivatedBottleneck(Bottleneck):
     """A bottleneck that activates what comes in instead of what goes out."""
 
-    activates = "input"
+    activates_input, activates_output = True, False
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.relu() if self.downsample else x.relu_()  # what a stage begins with is another one's result
@@ -62,6 +63,13 @@ class DeepLab2ResNet(ResNet):
 
     def stem(self, x: Tensor) -> Tensor:
         return self.bn1(self.conv1(x))
+
+    def for_inference(self) -> nn.Module:
+        """Within a stage the ReLU goes into the convolution before it."""
+        for i in range(len(self.channels)):
+            for block, following in pairwise(getattr(self, f"layer{i + 1}")):
+                block.activates_output, following.activates_input = True, False
+        return self
 
 
 RESNET50 = ResNetSizes()

@@ -43,7 +43,7 @@ class BasicBlock(nn.Module):
 
 class Bottleneck(nn.Module):
     expansion = 4
-    activates = "output"  # or "input"
+    activates_input, activates_output = False, True
 
     def __init__(self, inputs: int, width: int, outputs: int, stride: int, bias: bool, norm: type[nn.Module]) -> None:
         super().__init__()
@@ -73,10 +73,10 @@ class _FastBottleneck(nn.Module):
         super().__init__()
         self.conv1, self.conv2, self.conv3 = (fast_conv(conv) for conv in (block.conv1, block.conv2, block.conv3))
         self.downsample = None if block.downsample is None else fast_conv(block.downsample[0])
-        self.activates_output = block.activates == "output"
+        self.activates_input, self.activates_output = block.activates_input, block.activates_output
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.activates_output else x.relu()
+        x = x.relu() if self.activates_input else x
         y = self.conv2(self.conv1(x, relu=True), relu=True)
         return self.conv3(y, residual=x if self.downsample is None else self.downsample(x), relu=self.activates_output)
 
