@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The criterion of kMaX-DeepLab (Yu et al., ECCV 2022) and Video-kMaX (Shin et al., WACV 2024).
 
-A clip is one image here: the masks of its T frames stand below one another, (N, T * h, w).
+A clip is one image here: the masks of its T frames stand below one another, (N, T * h, w). One step of training:
+
+    predictions = predictions_of(model, model.encode(images).split())    # the T frames of a clip (T, 3, H, W)
+    losses, _ = criterion(predictions, [clip_target(labels, masks, semantic)])
+    criterion.total(losses).backward()
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from pyvseg.layers.kmax_decoder import FramePixels
+from pyvseg.layers.kmax_pixel_decoder import resize
+from pyvseg.models.kmax import KMaX
 from pyvseg.training.set_criterion import Match, RandomPoints, uniform
 
 _EPS = 1e-5
@@ -34,6 +41,24 @@ class Target(NamedTuple):
     labels: Tensor
     masks: Tensor
     semantic: Tensor
+
+
+def clip_target(labels: Tensor, masks: Tensor, semantic: Tensor) -> Target:
+    """Of a clip: labels (M,), masks (M, T, H, W) bool and semantic (T, H, W) at the network's size; every fourth row and column is used."""
+    return Target(labels, masks[..., ::4, ::4].flatten(1, 2), semantic[..., ::4, ::4].flatten(0, 1))
+
+
+def predictions_of(model: KMaX, frames: Sequence[FramePixels]) -> list[Prediction]:
+    """What every layer says of the frames of B clips, the final one last, all at stride 4. The model in training mode.
+
+    Images that are no clips: `[model.encode(images)]`. Of a clip the frames are encoded together, `model.encode(images).split()`:
+    its batch norms see all of them.
+    """
+    final, layers = model.decoder(frames, auxiliary=True)
+    size = final.pixels[0].shape[2:]
+    fit = lambda maps: torch.cat([resize(m, size, size[0]) for m in maps], 2)  # noqa: E731
+    each = [(layer.prediction, layer.masks) for layer in layers] + [(final, model.decoder.predictor.dense_masks(final))]
+    return [Prediction(p.logits, fit(masks), fit([p.features(t) for t in range(len(frames))])) for p, masks in each]
 
 
 class Matched(NamedTuple):

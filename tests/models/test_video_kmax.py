@@ -4,12 +4,16 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pyvseg.errors import PyvsegError
-from pyvseg.models.kmax_panoptic import ClipPanoptic, ClipSegment, PanopticSettings, boxes_of
+from pyvseg.layers.kmax_predictor import Prediction
+from pyvseg.models.kmax_panoptic import ClipPanoptic, ClipSegment, PanopticSettings, boxes_of, panoptic_clip
+from pyvseg.models.kmax_size import KMaXSize
 from pyvseg.models.panoptic_linking import LinkSettings, LinkState, join_within, link
 from pyvseg.models.state import load_state, save_state
 from pyvseg.models.video_kmax import VideoKMaX, VideoKMaXSettings
+from pyvseg.models.zoo import variant
 from tests.models.test_kmax import SMALL, small
 
 ONLINE = LinkSettings(confidence=0.5)
@@ -136,3 +140,53 @@ def test_an_object_that_changes_its_query_within_a_clip_is_joined():
     np.testing.assert_allclose(joined.segments[0].feature, [0.95, 0.05], rtol=1e-6)
     assert joined.segments[1].box is None and joined.segments[0].box.tolist() == two.segments[0].box.tolist()
     assert join_within(clip((1, True, [LEFT, None], RED), (1, True, [None, LEFT], BLUE), frames=2), LinkSettings()).labels[1].max() == 2
+
+
+def published_merge(logits, masks, things, size, rules):
+    """All queries at full size in float64, segment by segment; also how far every pixel is from another decision."""
+    full = F.interpolate(masks.double(), size.padded, mode="bilinear", align_corners=True)[..., : size.resized[0], : size.resized[1]]
+    full = F.interpolate(full, size.source, mode="bilinear", align_corners=True)
+    scores, categories = logits.double().softmax(-1)[:, :-1].max(-1)
+    full = torch.where((scores > rules.object_threshold)[:, None, None], full, -9999.0)
+    sure, best = full.softmax(1).max(1).values, full.topk(2, 1).values
+    labels, winner, stuff, segments = torch.zeros_like(sure, dtype=torch.int64), full.argmax(1), {}, []
+    for q in winner.unique().tolist():
+        category = int(categories[q])
+        number = stuff.get(category)
+        if number is None:
+            segments.append((category, category in things))
+            number = len(segments)
+            if category not in things:
+                stuff[category] = number
+        labels[(winner == q) & (sure > rules.pixel_threshold)] = number
+    clear = (best[:, 0] - best[:, 1] > 1e-3) & ((sure - rules.pixel_threshold).abs() > 1e-4)
+    return labels.numpy(), segments, clear.numpy()
+
+
+def test_the_merge_is_the_published_one():
+    """Queries that lead but are nowhere sure still take a number; stuff of one class is one segment."""
+    torch.manual_seed(3)
+    queries, classes, things, cells = 14, 5, frozenset({0, 1}), (17, 25)
+    logits, kernels = 3 * torch.randn(1, queries, classes + 1), 12 * torch.randn(1, queries, 128)
+    logits[0, [1, 4], 2], logits[0, [3, 6], 0] = 9.0, 9.0
+    kernels[0, 3] = kernels[0, 6] * 1.001  # two things at the same places: one leads, but never surely
+    pixels = [F.interpolate(torch.randn(1, 128, 4, 5), cells, mode="bicubic") for _ in range(2)]
+    prediction = Prediction(logits, torch.randn(1, queries, 256), kernels, pixels, torch.tensor(1.0), torch.tensor(-0.5))
+    size, rules = KMaXSize((60, 80), (65, 87), (65, 97)), PanopticSettings(0.3, 0.55)
+    masks = torch.cat([prediction.masks(t) for t in range(2)])
+    labels, segments, clear = published_merge(logits[0], masks, things, size, rules)
+    clip = panoptic_clip(prediction, 0, things, size, rules)
+    assert [(s.category, s.is_thing) for s in clip.segments] == segments
+    assert clear.mean() > 0.98 and (clip.labels == labels)[clear].all()
+    unseen = [s for s in range(1, len(segments) + 1) if s not in labels]
+    assert unseen and all(clip.segments[s - 1].box is None for s in unseen)
+    assert len({c for c, thing in segments if not thing}) == sum(not thing for _, thing in segments)
+
+
+@pytest.mark.parametrize("backbone", ["r50", "convnext_l"])
+def test_published_settings(backbone):
+    near, online = (variant(f"video_kmax_{backbone}_vipseg{mode}").settings for mode in ("", "_online"))
+    for s in (near, online):
+        assert (s.image_size, s.classes, len(s.things), s.queries, s.linking.buffer) == ((897, 1601), 124, 58, 128, 10)
+    assert (near.clip_length, near.panoptic, near.linking.confidence) == (2, PanopticSettings(0.3, 0.5), 0.7)
+    assert (online.clip_length, online.panoptic, online.linking.confidence) == (1, PanopticSettings(0.4, 0.5), 0.5)
