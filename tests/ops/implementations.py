@@ -12,6 +12,7 @@ keep shapes tiny for them: `implementation.slow` tells. With a GPU the real ones
 
 import functools
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,19 @@ def implementations(op: str) -> list:
     if op in _triton_ops():
         found.append(Implementation("triton", "triton", "cuda") if GPU else Implementation("triton-interpreted", "triton"))
     return [pytest.param(each, id=each.name, marks=[pytest.mark.gpu] if each.device == "cuda" else []) for each in found]
+
+
+def assert_replays(run: Callable[[], Sequence[Tensor]]) -> None:
+    """A CUDA graph of the function gives what the function gives: it never waits for the host."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from pyvseg.ops import _dispatch, mask_costs, mask_overlap, memory_match, pack_m
 from pyvseg.ops.mask_cost import reference as reference_costs
 from pyvseg.ops.memory_match import reference as reference_match
 from pyvseg.ops.point_sample import reference as reference_samples
-from tests.ops.implementations import implementations
+from tests.ops.implementations import assert_replays, implementations
 from tests.ops.numerics import assert_as_exact
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -166,12 +166,4 @@ def test_graph_capture(backend):
         packed = pack_masks(logits, backend=backend)
         return (*mask_overlap(packed, packed, backend=backend), *mask_costs(logits, targets, backend=backend), memory_match(**tracks, backend=backend))
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        expected = run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    assert_replays(run)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyvseg.ops import _dispatch, memory_read
 from pyvseg.ops.memory_read import similarity
-from tests.ops.implementations import Implementation, implementations
+from tests.ops.implementations import Implementation, assert_replays, implementations
 from tests.ops.numerics import assert_as_exact
 
 on_gpus = pytest.mark.parametrize(
@@ -180,12 +180,4 @@ def test_graph_capture(backend):
         out = memory_read(*leaves, top_k=50, backend=backend)
         return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        expected = run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    assert_replays(run)
