@@ -2,8 +2,9 @@
 """`pyvseg batch` against a plain loop, and accuracy beside speed by clip length: `python -m benchmarks.batch --data DAVIS`.
 
 The plain loop is what one writes first: read a frame, run the network on it, write its mask, overlay and RLE. It has the network,
-readers, writers and threads of the batch; only the engine is missing. `plain PyTorch` is the same loop with the network as it is
-defined, in PyTorch's own operations: norms not folded, no kernels of ours.
+readers and writers of the batch; only the engine is missing. `plain PyTorch` is the same loop with the network as it is
+defined, in PyTorch's own operations: norms not folded, no kernels of ours; with PyTorch's allocator, as whoever writes such a loop has
+it, and once more with freed memory kept, as all the other ways do. Every way runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,14 @@ import torch
 import tyro
 from torch import nn
 
+from benchmarks.apart import Apart
 from pyvseg import checkpoints, ops
 from pyvseg.datasets.davis import Davis
-from pyvseg.engine.allocator import keep_freed_memory
 from pyvseg.engine.batch import batch
 from pyvseg.engine.jobs import Job
-from pyvseg.engine.propagate import Propagation
+from pyvseg.engine.propagate import Propagation, ready
 from pyvseg.engine.recipe import Recipe
+from pyvseg.engine.task import Task
 from pyvseg.engine.workers import Workers
 from pyvseg.metrics import vos
 from pyvseg.models import zoo
@@ -38,7 +40,8 @@ from pyvseg.video.writer import OverlayWriter, PngWriter, RleWriter
 
 @dataclass
 class Options:
-    """Frames per second from files to files, everything included but loading the network."""
+    """Frames per second from files to files, everything included but loading the network; beside them how many times those of the
+    plain loop and of plain PyTorch."""
 
     data: Path
     """DAVIS-style folder: JPEGImages and Annotations."""
@@ -46,13 +49,13 @@ class Options:
     frames: int = 50
     """Of each sequence."""
     clip_lengths: tuple[int, ...] = (1, 5, 10, 15, 25)
-    workers: tuple[int, ...] = (1, 2)
-    """Processes of the batch; they share the threads."""
+    workers: tuple[int, ...] = (2,)
+    """Batches in so many processes too, which share the threads."""
     precisions: tuple[str, ...] = ("float32", "bfloat16")
-    rounds: int = 1
-    """Every way runs once in each round; the best counts."""
+    rounds: int = 2
+    """So often every way runs; the best counts."""
     pytorch: bool = True
-    """Leave out the loop in plain PyTorch."""
+    """Leave out the loops in plain PyTorch."""
     out: Path | None = None
     """A file for the record, JSON."""
 
@@ -64,46 +67,85 @@ def plain_loop(network: nn.Module, jobs: list[Job], out: Path) -> None:
         folder = out / job.name
         writers = [PngWriter(folder / "masks"), RleWriter(folder / "masks.json", job.name), OverlayWriter(folder / "overlay.mp4", video.size, video.fps)]
         for frame in frames_with_masks(video, read_masks(job.masks, video)):
-            (result,) = propagation.step(frame)
+            result = ready(*propagation.step(frame))
             for writer in writers:
                 writer.write(result)
         for writer in writers:
             writer.close()
 
 
-def ways(options: Options) -> Iterator[tuple[str, str, Callable[[list[Job], Path], dict]]]:
-    """Precision, name, and what runs jobs into a folder: it returns the seconds, and the busy shares where it knows them."""
+@dataclass(frozen=True)
+class Way:
+    """A row of the table: `build(*arguments)` makes what runs jobs into a folder and returns seconds and more."""
+
+    precision: str
+    name: str
+    build: Callable
+    arguments: tuple
+    keep_freed: bool = True
+    copies: int = 1  # of each video: processes are measured apart from their start
+
+
+def ways(options: Options) -> Iterator[Way]:
     if options.pytorch:
-        yield "float32", "plain PyTorch", lambda jobs, out: _timed(_as_defined(), jobs, out, "reference")
+        yield Way("float32", "plain PyTorch", loop, ("float32", False), keep_freed=False)
+        yield Way("float32", "plain PyTorch, memory kept", loop, ("float32", False))
     for precision in options.precisions:
-        yield precision, "plain loop", lambda jobs, out, p=precision: _timed(zoo.load("pcvos_tiny", precision=p), jobs, out, "auto")
+        yield Way(precision, "plain loop", loop, (precision, True))
+        for length in options.clip_lengths:
+            yield Way(precision, f"batch, clip {length}", engine, (precision, length, 1))
         for workers in options.workers:
-            for length in options.clip_lengths if workers == options.workers[0] else options.clip_lengths[-1:]:
-                name = f"batch, clip {length}" + (f", {workers} processes" if workers > 1 else "")
-                recipe = Recipe(precision=precision, clip_length=length)
-                yield precision, name, lambda jobs, out, r=recipe, w=workers: _batch(jobs, out, r, w)
+            for length in {options.clip_lengths[0]: 0, options.clip_lengths[-1]: 0}:
+                yield Way(precision, f"batch, clip {length}, {workers} processes", engine, (precision, length, workers), copies=3)
 
 
-def _as_defined() -> nn.Module:
+def loop(precision: str, ours: bool) -> Callable[[list[Job], Path], dict]:
     chosen = zoo.variant("pcvos_tiny")
-    return zoo.build_variant(chosen, checkpoints.read(chosen.bundled), name=chosen.name)
+    network = zoo.load(chosen.name, precision=precision) if ours else zoo.build_variant(chosen, checkpoints.read(chosen.bundled), name=chosen.name)
+
+    def run(jobs: list[Job], out: Path) -> dict:
+        started = time.perf_counter()
+        with ops.backend("auto" if ours else "reference"):
+            plain_loop(network, jobs, out)
+        return {"seconds": time.perf_counter() - started}
+
+    return run
 
 
-def _timed(network: nn.Module, jobs: list[Job], out: Path, backend: str) -> dict:
-    started = time.perf_counter()
-    with ops.backend(backend):
-        plain_loop(network, jobs, out)
-    return {"seconds": time.perf_counter() - started}
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe whose model is there already."""
+
+    recipe: Recipe
+    ready: Task
+
+    def settings(self) -> dict:
+        return self.recipe.settings()
+
+    def task(self) -> Task:
+        return self.ready
 
 
-def _batch(jobs: list[Job], out: Path, recipe: Recipe, workers: int) -> dict:
-    """Processes load their networks by themselves, so their time counts from the first video's beginning to the last one's end."""
-    if workers == 1:
-        loaded = recipe.task()
-        object.__setattr__(recipe, "task", lambda: loaded)
-    report = batch(jobs, recipe, out, execute=Workers(workers) if workers > 1 else None, progress=False)
-    assert not report.failed, report.failed
-    return {"seconds": report.seconds, "busy": {name: round(share, 3) for name, share in report.busy.items()}}
+def engine(precision: str, clip_length: int, workers: int) -> Callable[[list[Job], Path], dict]:
+    """Processes load their networks by themselves: `seconds` count that, `steady` is the speed once each has finished a video."""
+    recipe = Recipe(precision=precision, clip_length=clip_length)
+    loaded = recipe if workers > 1 else Loaded(recipe, recipe.task())
+
+    def run(jobs: list[Job], out: Path) -> dict:
+        ends: list[tuple[float, int]] = []
+
+        def execute(todo, recipe, out, stop, tell) -> dict[str, float]:
+            noted = lambda outcome: (ends.append((time.perf_counter(), outcome.frames)), tell(outcome))  # noqa: E731
+            return Workers(workers)(todo, recipe, out, stop, noted)
+
+        report = batch(jobs, loaded, out, execute=execute if workers > 1 else None, progress=False)
+        assert not report.failed, report.failed
+        record = {"seconds": report.seconds, "busy": {name: round(share, 3) for name, share in report.busy.items()}}
+        if ends:
+            record["steady"] = sum(frames for _, frames in ends[workers:]) / (ends[-1][0] - ends[workers - 1][0])
+        return record
+
+    return run
 
 
 def accuracy(jobs: list[Job], out: Path, dataset: Davis, frames: int) -> float:
@@ -117,31 +159,36 @@ def accuracy(jobs: list[Job], out: Path, dataset: Davis, frames: int) -> float:
 
 
 def main(options: Options) -> None:
-    keep_freed_memory()
     dataset, rows, work = Davis(options.data), {}, Path(tempfile.mkdtemp(prefix="pyvseg-benchmark-"))
+    threads = torch.get_num_threads()
     try:
         jobs = [_job(dataset, name, options.frames, work) for name in options.sequences]
-        for turn in range(options.rounds):
-            for n, (precision, name, run) in enumerate(ways(options)):
-                out = work / f"{turn}-{n}"
-                record = run(jobs, out)
-                record["fps"] = options.frames * len(jobs) / record["seconds"]
-                record["J&F"] = accuracy(jobs, out, dataset, options.frames)
-                rows[precision, name] = max(rows.get((precision, name), record), record, key=lambda each: each["fps"])
-                _print(precision, name, rows)
-                shutil.rmtree(out)
+        for n, way in enumerate(ways(options)):
+            given, out = [replace(job, name=f"{job.name}{copy or ''}") for copy in range(way.copies) for job in jobs], work / str(n)
+            run = Apart(way.build, *way.arguments, threads=threads, keep_freed=way.keep_freed)
+            records = []
+            for _ in range(options.rounds):
+                shutil.rmtree(out, ignore_errors=True)
+                records.append(run(given, out))
+            run.close()
+            best = min(records, key=lambda record: record["seconds"])
+            best |= {"fps": options.frames * len(given) / best["seconds"], "J&F": accuracy(jobs, out, dataset, options.frames)}
+            rows[way.precision, way.name] = best
+            _print(way.precision, way.name, rows)
+            shutil.rmtree(out)
     finally:
         shutil.rmtree(work)
     if options.out:
-        facts = {"sequences": options.sequences, "frames": options.frames, "threads": torch.get_num_threads(), "load": os.getloadavg()}
+        facts = {"sequences": options.sequences, "frames": options.frames, "threads": threads, "load": os.getloadavg()}
         options.out.write_text(json.dumps(facts | {"rows": [{"precision": p, "way": n} | record for (p, n), record in rows.items()]}, indent=1) + "\n")
 
 
 def _print(precision: str, name: str, rows: dict) -> None:
-    row, base = rows[precision, name], rows.get((precision, "plain loop"))
-    against = f"{row['fps'] / base['fps']:.2f}x" if base else ""
+    row, loops = rows[precision, name], (rows.get((precision, "plain loop")), rows.get(("float32", "plain PyTorch")))
+    against = " / ".join(f"{row.get('steady', row['fps']) / base['fps']:.2f}x" if base else "-" for base in loops)
     busy = ", ".join(f"{stage} {100 * row['busy'][stage]:.0f} %" for stage in ("decode", "model", "write")) if row.get("busy") else ""
-    print(f"{precision:9} {name:28} {row['fps']:6.2f} FPS {against:>7}  J&F {row['J&F']:.3f}  {busy}", flush=True)
+    steady = f" ({row['steady']:.2f} once started)" if "steady" in row else ""
+    print(f"{precision:9} {name:28} {row['fps']:6.2f} FPS{steady}  {against:>15}  J&F {row['J&F']:.3f}  {busy}", flush=True)
 
 
 def _job(dataset: Davis, name: str, frames: int, work: Path) -> Job:

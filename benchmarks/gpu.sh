@@ -3,7 +3,7 @@
 # bash benchmarks/gpu.sh [OUT]: builds, tests and measures everything on a machine with a CUDA GPU, within 8 minutes.
 # It needs torch >= 2.11 with CUDA, Triton, pytest, hypothesis, cmake, ninja, pybind11 and a C++ compiler, and nvcc for more
 # than Triton; no network, no installation. OUT (benchmarks/results by default) receives, as they come, <gpu>.json, <gpu>.md,
-# measured.json (the fastest backends, also put in its place in pyvseg/ops) and gpu.log; commit all but the log.
+# measured.json (the fastest backends, also put in its place in pyvseg/ops), end_to_end.json and gpu.log; commit all but the log.
 # A section that fails or runs out of time does not stop the next ones; the exit status is 1 if any did. --dry-run goes
 # through all sections on a machine without a GPU: CPU build, emulated tests, quick sizes.
 set -uo pipefail
@@ -73,18 +73,27 @@ tests() {
   local parallel=()
   has xdist && parallel=(-n 8)
   if [ $DEVICE = cuda ]; then
-    "$PYTHON" -m pytest -q -m gpu --tb=short -p no:cacheprovider --continue-on-collection-errors ${parallel[@]+"${parallel[@]}"} tests/ops
+    "$PYTHON" -m pytest -q -m gpu --tb=short -p no:cacheprovider --continue-on-collection-errors ${parallel[@]+"${parallel[@]}"} tests/ops tests/layers/test_graphs.py tests/models/test_stcn_gpu.py
   else
     "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider tests/ops/test_implementations.py -k "agrees and float32"
   fi
 }
 measure() {
-  local size=(--write-choice --rounds 30 --budget 0.6 --seconds $(($(left) - 100)))
+  local size=(--write-choice --rounds 30 --budget 0.6 --seconds $(($(left) - 190)))
   [ $DEVICE = cpu ] && size=(--quick --rounds 3 --budget 1 --seconds 30)
   "$PYTHON" -m benchmarks --device $DEVICE "${size[@]}" --out "$OUT"
   local status=$?
   [ $DEVICE = cuda ] && cp pyvseg/ops/measured.json "$OUT"
   return $status
+}
+# From files to files: PCVOS at 480p and CTVIS at 360p, random weights. Aims on an H100: 300 and 150 frames per second.
+end_to_end() {
+  local options=(--seconds 60)
+  for module in av cv2 scipy pycocotools safetensors tqdm tyro; do
+    has $module || { echo "$PYTHON has no $module: skipped"; return; }
+  done
+  [ $DEVICE = cpu ] && options=(--quick --seconds 30)
+  "$PYTHON" -m benchmarks.end_to_end --device $DEVICE "${options[@]}" --out "$OUT/end_to_end.json"
 }
 sanitizer() {
   if command -v compute-sanitizer > /dev/null && [ $DEVICE = cuda ]; then
@@ -94,13 +103,14 @@ sanitizer() {
     echo "compute-sanitizer is not here: skipped"
   fi
 }
-export -f facts build tests measure sanitizer left has
+export -f facts build tests measure end_to_end sanitizer left has
 export DEVICE OUT LIMIT
 
 section "machine" 30 bash -c facts
 section "build" 150 bash -c build
 section "tests" 130 bash -c tests
 section "benchmarks" 400 bash -c "SECONDS=$SECONDS; measure"
+section "end to end" 90 bash -c end_to_end
 section "compute-sanitizer" 90 bash -c sanitizer
 
 echo "== $SECONDS s in all; results in $OUT"
