@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyvseg.layers.transfer import constant, to_device
 from pyvseg.video.resize import resize_bilinear
 
 Size = tuple[int, int]
@@ -40,8 +41,9 @@ class FrameSize:
         """uint8 RGB (T, H, W, 3) -> normalised, padded network input (T, 3, h, w), float32, channels last in memory."""
         if self.resized != self.source:
             images = resize_bilinear(images, self.resized)
-        x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
-        x = (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
+        device = torch.device(device)
+        x = to_device(images, device).permute(0, 3, 1, 2).float()
+        x = (x - constant(tuple(mean), device).view(3, 1, 1)) / constant(tuple(std), device).view(3, 1, 1)
         padding = (0, self.padded[1] - self.resized[1], 0, self.padded[0] - self.resized[0])
         return F.pad(x, padding).contiguous(memory_format=torch.channels_last)
 

@@ -45,7 +45,7 @@ class Geometry:
         if device.type == "cpu":
             return self._frames_on_cpu(images, mean, std)
         x = to_device(images, device).permute(0, 3, 1, 2) / 255
-        x = (x - constant(mean, device).view(3, 1, 1)) / constant(std, device).view(3, 1, 1)
+        x = (x - constant(tuple(mean), device).view(3, 1, 1)) / constant(tuple(std), device).view(3, 1, 1)
         if self.resized != self.source:
             x = F.interpolate(x, self.resized, mode="bicubic", align_corners=False)
         return F.pad(x, self.padding).contiguous(memory_format=torch.channels_last)
