@@ -180,18 +180,19 @@ def test_interrupted_goes_on(clips, tmp_path, undisturbed, monkeypatch):
     assert files(tmp_path / "out") == undisturbed
 
 
-def test_full_disk(clips, tmp_path, undisturbed, monkeypatch):
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_refuses(clips, tmp_path, undisturbed, monkeypatch, reason):
     """Finished videos stay, nothing half-written does, and the message says what remains."""
     encode, written = png.encode_labels, []
 
     def fill(*given):
         written.append(given)
         if len(written) > 32:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(reason, os.strerror(reason))
         return encode(*given)
 
     monkeypatch.setattr(png, "encode_labels", fill)
-    with pytest.raises(OutputError, match=r"No space left.*\d of 6 videos are finished and kept, \d remain, the same command goes on"):
+    with pytest.raises(OutputError, match=rf"{os.strerror(reason)}.*\d of 6 videos are finished and kept, \d remain, the same command goes on"):
         go(clips, tmp_path / "out")
     finished = [note["name"] for note in notes(tmp_path / "out")]
     assert "a" in finished and files(tmp_path / "out") == {k: v for k, v in undisturbed.items() if k[0] in finished}
