@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvseg.layers.normed import ChannelNorm, drop_path
+from pyvseg.layers.packed import Linear
 
 
 class ConvNeXtBlock(nn.Module):
@@ -28,6 +29,24 @@ class ConvNeXtBlock(nn.Module):
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
         y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))
         return x + drop_path(y.permute(0, 3, 1, 2), self.drop, self.training)
+
+    def for_inference(self) -> nn.Module:
+        return _FastConvNeXtBlock(self)
+
+
+class _FastConvNeXtBlock(nn.Module):
+    """gamma inside pwconv2, GELU and the addition inside the linear layers."""
+
+    def __init__(self, block: ConvNeXtBlock) -> None:
+        super().__init__()
+        self.dwconv, self.norm, self.pwconv1 = block.dwconv, block.norm, Linear(block.pwconv1)
+        for parameter in block.pwconv2.parameters():
+            parameter.mul_(block.gamma.view(-1, *[1] * (parameter.ndim - 1)))
+        self.pwconv2 = Linear(block.pwconv2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pwconv1(self.norm(self.dwconv(x).permute(0, 2, 3, 1)), gelu=True)
+        return self.pwconv2(y, residual=x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvNeXt(nn.Module):

@@ -50,15 +50,17 @@ class Linear(Packed):
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
-    def forward(self, x: Tensor, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
-        """(..., I) -> (..., O): the layer, with ReLU, or plus `residual` (..., O); not both."""
+    def forward(self, x: Tensor, *, relu: bool = False, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """(..., I) -> (..., O): the layer, with ReLU, with GELU, or plus `residual` (..., O); one of them at most."""
         if not packs(x, self.weight):
             y = F.linear(x, self.weight, self.bias)
-            return y.relu() if relu else y if residual is None else y + residual
+            y = y.relu() if relu else F.gelu(y) if gelu else y
+            return y if residual is None else y + residual
         packed = self.prepared("linear", lambda: torch.ops.mkldnn._reorder_linear_weight(self.weight, x.numel() // self.in_features))
         if residual is not None:
             return _linear().binary(x.contiguous(), residual.contiguous(), packed, self.bias, "add")
-        return _linear().default(x.contiguous(), packed, self.bias, "relu" if relu else "none", [], "")
+        act = "relu" if relu else "gelu" if gelu else "none"
+        return _linear().default(x.contiguous(), packed, self.bias, act, [], "none" if gelu else "")
 
 
 def products(rows: Tensor, columns: Tensor) -> Tensor:

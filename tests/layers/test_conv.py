@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import pyvseg.ops as ops
@@ -102,6 +103,7 @@ def test_linear_with_what_follows(dtype, tolerance):
         before = residual.clone()
         close(fast(x), y)
         close(fast(x, relu=True), y.relu())
+        close(fast(x, gelu=True), F.gelu(y))
         close(fast(x, residual=residual), y + residual)
         assert torch.equal(residual, before)
     close(copy.deepcopy(fast)(x), y)

@@ -9,6 +9,7 @@ from torch import nn
 
 from pyvseg.layers.attention import MLP, Attention, FeedForward
 from pyvseg.layers.efficientnet_lite import InvertedResidual
+from pyvseg.layers.convnext import ConvNeXt
 from pyvseg.layers.inference import for_inference
 from pyvseg.layers.kmax_backbones import DeepLab2ResNet, UnactivatedBottleneck
 from pyvseg.layers.mask_decoder import DecoderLayer
@@ -48,6 +49,7 @@ BLOCKS = {
     "inverted residual, stride 2": (lambda: InvertedResidual(16, 6, 3, 2, 24), lambda: (torch.randn(2, 16, 8, 12),)),
     "inverted residual of 5x5, stride 2": (lambda: InvertedResidual(16, 1, 5, 2, 24), lambda: (torch.randn(2, 16, 8, 12),)),
     "stages activated before": (lambda: Maps(DeepLab2ResNet((2, 3), width=8, outputs=16)), lambda: (torch.randn(1, 3, 33, 41),)),
+    "ConvNeXt": (lambda: Maps(ConvNeXt((16, 24), (2, 1))), lambda: (torch.randn(2, 3, 33, 41),)),
     "feed-forward": (lambda: FeedForward(32, 64), lambda: (torch.randn(2, 7, 32),)),
     "perceptron": (lambda: MLP(32, 48, 16), lambda: (torch.randn(2, 7, 32),)),
     "attention": (lambda: Attention(32, 4), lambda: (torch.randn(2, 7, 32), *torch.randn(2, 2, 9, 32))),
