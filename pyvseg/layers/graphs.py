@@ -32,11 +32,11 @@ def graphed(method: Callable, *tensors: Tensor) -> Any:
     if key not in graphs:  # the first call builds kernels and chooses algorithms
         while len(graphs) >= KEPT:
             del graphs[next(iter(graphs))]
-        graphs[key] = None
+        graphs[key] = "seen"
         return method(*tensors)
-    if graphs[key] is None:
-        graphs[key] = _captured(method, tensors)
-    return graphs[key](*tensors)
+    if graphs[key] == "seen":
+        graphs[key] = _captured(method, tensors) or "failed"
+    return method(*tensors) if graphs[key] == "failed" else graphs[key](*tensors)
 
 
 def _applies(tensors: tuple[Tensor, ...]) -> bool:
@@ -45,14 +45,15 @@ def _applies(tensors: tuple[Tensor, ...]) -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
-def _captured(method: Callable, tensors: tuple[Tensor, ...]) -> Callable:
+def _captured(method: Callable, tensors: tuple[Tensor, ...]) -> Callable | None:
+    """It knows nothing of the module, which goes with its last user, and its graphs with it."""
     inputs = [x.clone() for x in tensors]
     try:
         replay, outputs = _capture(method, inputs)
     except RuntimeError as error:
         name = f"{type(method.__self__).__name__}.{method.__name__}"
         warnings.warn(f"{name} runs without a CUDA graph: {str(error).splitlines()[0]}", stacklevel=3)
-        return method
+        return None
 
     def replayed(*given: Tensor) -> Any:
         for x, new in zip(inputs, given):
