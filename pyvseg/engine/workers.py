@@ -13,7 +13,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -74,7 +74,7 @@ class _Run:
         return {name: seconds / self.count for name, seconds in self.busy.items()}
 
     def _start(self, number: int) -> _Worker:
-        context = get_context("spawn")
+        context = _context()
         ours, theirs = context.Pipe()
         given = theirs, self.recipe, self.out, number, self.count, keeps()
         process = context.Process(target=_serve, args=given, name=f"pyvseg-worker-{number}", daemon=True)
@@ -132,6 +132,15 @@ class _Run:
             self.workers.remove(worker)
         else:
             self.workers[number] = self._start(number)
+
+
+def _context():
+    """Processes fork off one that has imported everything and done nothing, where the system can: they begin at once."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["pyvseg.engine.batch", "pyvseg.engine.tasks.following"])
+    return context
 
 
 def _send(worker: _Worker, message) -> None:
