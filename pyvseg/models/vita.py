@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyvseg.layers.packed import products
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.mask2former import Mask2Former, Mask2FormerSettings
 from pyvseg.models.spool import Spool
@@ -43,7 +44,7 @@ class FrameTokens(NamedTuple):
 
 @dataclass
 class VITAState:
-    """The frames so far: their tokens, and their mask features, which wait in a temporary file when they are many."""
+    """The frames so far: their tokens, and their mask features (h, w, M), which wait in a temporary file when they are many."""
 
     size: FrameSize
     queries: list[Tensor] = field(default_factory=list)
@@ -76,7 +77,7 @@ class VITA(Mask2Former):
     def link(self, clip: FrameTokens, state: VITAState) -> None:
         state.queries.append(clip.queries)
         for masks in clip.masks:
-            state.masks.append(masks)
+            state.masks.append(masks.permute(1, 2, 0))  # as they lie in memory
 
     def finish(self, state: VITAState, top: int | None = None, compat: bool = True) -> VideoInstances:
         """One pass of the video module over all frames; masks are made for the best queries only."""
@@ -87,7 +88,8 @@ class VITA(Mask2Former):
 
         def logits_at(frame: int, objects: list[int]) -> tuple[list[int], Tensor]:
             masks = state.masks[frame].to(embeddings)
-            return list(range(len(objects))), (embeddings[objects] @ masks.flatten(1)).unflatten(1, masks.shape[1:])
+            logits = products(embeddings[None, objects], masks.flatten(0, 1).T[None])[0]
+            return list(range(len(objects))), logits.unflatten(1, masks.shape[:2])
 
         chosen = Selection.best(probabilities, top or self.settings.top, compat=compat)
         return render(chosen, len(state.masks), state.size, logits_at, quality="resized")

@@ -50,7 +50,7 @@ def run_vita(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, n
     logits = model.video.class_embed(queries)
     yield "tap/pred_logits", logits.numpy()
     yield "tap/mask_embed", embeddings.numpy()
-    features = torch.stack([state.masks[t] for t in range(len(frames))])
+    features = torch.stack([state.masks[t].permute(2, 0, 1) for t in range(len(frames))])
     yield from _tracks(found, logits.softmax(-1), lambda rows: torch.einsum("nc,tchw->nthw", embeddings[rows], features))
 
 
