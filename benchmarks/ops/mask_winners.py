@@ -14,10 +14,14 @@ PADDED, RESIZED, SOURCE, CELLS = (897, 1601), (897, 1595), (720, 1280), (225, 40
 
 
 def published(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """As Video-kMaX computes it: all queries at full size, in float64."""
-    full = F.interpolate(logits, PADDED, mode="bilinear", align_corners=True)[..., : RESIZED[0], : RESIZED[1]]
-    full = F.interpolate(full, SOURCE, mode="bilinear", align_corners=True).double()
-    return full.argmax(1), full.softmax(1).amax(1)
+    """As Video-kMaX computes it: all queries at full size, in float64; here frame by frame, for memory."""
+    index, probability = [], []
+    for frame in logits.split(1):
+        full = F.interpolate(frame, PADDED, mode="bilinear", align_corners=True)[..., : RESIZED[0], : RESIZED[1]]
+        full = F.interpolate(full, SOURCE, mode="bilinear", align_corners=True).double()
+        index.append(full.argmax(1))
+        probability.append(full.softmax(1).amax(1))
+    return torch.cat(index), torch.cat(probability)
 
 
 def cases(quick: bool) -> Iterator[Case]:
