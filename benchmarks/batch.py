@@ -95,7 +95,7 @@ def ways(options: Options) -> Iterator[Way]:
         for length in options.clip_lengths:
             yield Way(precision, f"batch, clip {length}", engine, (precision, length, 1))
         for workers in options.workers:
-            for length in {options.clip_lengths[0]: 0, options.clip_lengths[-1]: 0}:
+            for length in dict.fromkeys((options.clip_lengths[0], options.clip_lengths[-1])):
                 yield Way(precision, f"batch, clip {length}, {workers} processes", engine, (precision, length, workers), copies=3)
 
 
