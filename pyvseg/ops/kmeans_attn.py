@@ -146,10 +146,9 @@ def reference_pool(assign: Tensor, value: Tensor, clusters: int) -> tuple[Tensor
 
 def _sums(bins: Tensor, value: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     (B, D, _), wide = value.shape, torch.promote_types(value.dtype, torch.float32)
-    update = value.new_zeros(B, clusters, D, dtype=wide)
-    update = update.scatter_add(1, bins.unsqueeze(-1).expand(-1, -1, D), value.mT.to(wide))
-    ones = value.new_ones((), dtype=torch.float32).expand(bins.shape)
-    return update, ones.new_zeros(B, clusters).scatter_add(1, bins, ones)
+    update, count = value.new_zeros(B, clusters, D, dtype=wide), value.new_zeros(B, clusters, dtype=torch.float32)
+    update.scatter_add_(1, bins.unsqueeze(-1).expand(-1, -1, D), value.mT.to(wide))
+    return update, count.scatter_add_(1, bins, count.new_ones(()).expand(bins.shape))
 
 
 def _reduced(update: Tensor, count: Tensor, frames: int, reduction: str) -> tuple[Tensor, Tensor]:
