@@ -24,6 +24,7 @@ import tyro
 from torch import nn
 
 from benchmarks.apart import Apart
+from benchmarks.harness import machine
 from pyvseg import checkpoints, ops
 from pyvseg.datasets.davis import Davis
 from pyvseg.engine.batch import batch
@@ -127,23 +128,14 @@ class Loaded:
 
 
 def engine(precision: str, clip_length: int, workers: int) -> Callable[[list[Job], Path], dict]:
-    """Processes load their networks by themselves: `seconds` count that, `steady` is the speed once each has finished a video."""
+    """Several processes load their networks by themselves, and their time counts that."""
     recipe = Recipe(precision=precision, clip_length=clip_length)
     loaded = recipe if workers > 1 else Loaded(recipe, recipe.task())
 
     def run(jobs: list[Job], out: Path) -> dict:
-        ends: list[tuple[float, int]] = []
-
-        def execute(todo, recipe, out, stop, tell) -> dict[str, float]:
-            noted = lambda outcome: (ends.append((time.perf_counter(), outcome.frames)), tell(outcome))  # noqa: E731
-            return Workers(workers)(todo, recipe, out, stop, noted)
-
-        report = batch(jobs, loaded, out, execute=execute if workers > 1 else None, progress=False)
+        report = batch(jobs, loaded, out, execute=Workers(workers) if workers > 1 else None, progress=False)
         assert not report.failed, report.failed
-        record = {"seconds": report.seconds, "busy": {name: round(share, 3) for name, share in report.busy.items()}}
-        if ends:
-            record["steady"] = sum(frames for _, frames in ends[workers:]) / (ends[-1][0] - ends[workers - 1][0])
-        return record
+        return {"seconds": report.seconds, "busy": {name: round(share, 3) for name, share in report.busy.items()}}
 
     return run
 
@@ -179,16 +171,15 @@ def main(options: Options) -> None:
     finally:
         shutil.rmtree(work)
     if options.out:
-        facts = {"sequences": options.sequences, "frames": options.frames, "threads": threads, "load": os.getloadavg()}
+        facts = {"machine": machine(threads), "sequences": options.sequences, "frames": options.frames}
         options.out.write_text(json.dumps(facts | {"rows": [{"precision": p, "way": n} | record for (p, n), record in rows.items()]}, indent=1) + "\n")
 
 
 def _print(precision: str, name: str, rows: dict) -> None:
     row, loops = rows[precision, name], (rows.get((precision, "plain loop")), rows.get(("float32", "plain PyTorch")))
-    against = " / ".join(f"{row.get('steady', row['fps']) / base['fps']:.2f}x" if base else "-" for base in loops)
+    against = " / ".join(f"{row['fps'] / base['fps']:.2f}x" if base else "-" for base in loops)
     busy = ", ".join(f"{stage} {100 * row['busy'][stage]:.0f} %" for stage in ("decode", "model", "write")) if row.get("busy") else ""
-    steady = f" ({row['steady']:.2f} once started)" if "steady" in row else ""
-    print(f"{precision:9} {name:28} {row['fps']:6.2f} FPS{steady}  {against:>15}  J&F {row['J&F']:.3f}  {busy}", flush=True)
+    print(f"{precision:9} {name:28} {row['fps']:6.2f} FPS  {against:>15}  J&F {row['J&F']:.3f}  {busy}", flush=True)
 
 
 def _job(dataset: Davis, name: str, frames: int, work: Path) -> Job:
