@@ -3,6 +3,9 @@
 
 The published formulation is written from the paper's description: batch norms as they stand, channels first, and for
 every object its own affinity, dense readout, refinement and decoder, nothing shared. Weights are random; both run the same.
+
+Every way runs in a process of its own: the published one with the allocator as PyTorch leaves it, ours as `pyvseg run` sets it
+(`keep_freed_memory`). "published, freed memory kept" shows what that setting alone would give.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.apart import Apart
+from benchmarks.harness import machine
 from pyvseg.layers.inference import for_inference
 from pyvseg.models.memory import aggregate
 from pyvseg.models.stcn import STCN, STCNSettings
@@ -98,22 +104,36 @@ class Ours:
 
 
 @torch.inference_mode()
-def compare(objects: int, clip: int, memory_frames: int, rounds: int, bfloat16: bool) -> dict[str, float]:
-    """Seconds per frame (the best of `rounds`, all ways in turn) by way."""
+def clip_run(precision: str, objects: int, clip: int, memory_frames: int) -> Callable[[], float]:
+    """What runs one clip, "published" or ours in a precision, and returns its seconds per frame."""
     torch.manual_seed(0)
     frames = F.pad(torch.randn(clip, 3, HEIGHT, WIDTH), (5, 5))
     masks = (torch.rand(objects, 1, HEIGHT // 32, PADDED // 32) > 0.7).float()
     masks = F.interpolate(masks, (HEIGHT, PADDED))[:, 0]
-    ways = {"published": Published(_network(), frames, masks, memory_frames).clip}
-    for dtype in (torch.float32, torch.bfloat16)[: 1 + bfloat16]:
-        ways[f"pyvseg {str(dtype)[6:]}"] = Ours(for_inference(_network(), dtype), frames, masks, memory_frames).clip
-    best = dict.fromkeys(ways, math.inf)
-    last_of = frames.contiguous(memory_format=torch.channels_last)
-    for _ in range(rounds):
-        for way, run in ways.items():
-            start = time.perf_counter()
-            run(frames if way == "published" else last_of)
-            best[way] = min(best[way], (time.perf_counter() - start) / clip)
+    if precision == "published":
+        way = Published(_network(), frames, masks, memory_frames)
+    else:
+        way = Ours(for_inference(_network(), getattr(torch, precision)), frames, masks, memory_frames)
+        frames = frames.contiguous(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def run() -> float:
+        start = time.perf_counter()
+        way.clip(frames)
+        return (time.perf_counter() - start) / clip
+
+    return run
+
+
+def compare(ways: dict[str, tuple[str, bool]], problem: tuple[int, int, int], rounds: int, threads: int) -> dict[str, float]:
+    """Seconds per frame (the best of `rounds`, all ways in turn) by way."""
+    runs = {name: Apart(clip_run, precision, *problem, threads=threads, keep_freed=keep) for name, (precision, keep) in ways.items()}
+    best = dict.fromkeys(runs, math.inf)
+    for _ in range(1 + rounds):  # the first one warms up
+        for name, run in runs.items():
+            best[name] = min(best[name], run())
+    for run in runs.values():
+        run.close()
     return best
 
 
@@ -144,20 +164,19 @@ def main(
         bfloat16: time the bfloat16 network too.
         out: write the figures as JSON.
     """
-    torch.set_num_threads(threads)
+    ways = {"published": ("published", False), "published, freed memory kept": ("published", True), "pyvseg float32": ("float32", True)}
+    if bfloat16:
+        ways["pyvseg bfloat16"] = "bfloat16", True
     sizes = f"{HEIGHT}x{WIDTH}, clip {clip}, {memory_frames} memory frames, {threads} threads"
-    table = Table(title=f"PCVOS ResNet-50, {sizes}: seconds per frame")
+    table = Table("objects", *ways, title=f"PCVOS ResNet-50, {sizes}: seconds per frame")
     rows = {}
     for count in objects:
-        rows[count] = compare(count, clip, memory_frames, rounds, bfloat16)
-        if not table.columns:
-            for column in ("objects", *rows[count]):
-                table.add_column(column, justify="right", no_wrap=True)
+        rows[count] = compare(ways, (count, clip, memory_frames), rounds, threads)
         base = rows[count]["published"]
         table.add_row(str(count), *(f"{s:.3f} ({base / s:.2f}x)" for s in rows[count].values()))
     Console(width=110).print(table)
     if out:
-        record = {"clip": clip, "memory_frames": memory_frames, "threads": threads, "seconds_per_frame": rows}
+        record = {"machine": machine(threads), "clip": clip, "memory_frames": memory_frames, "seconds_per_frame": rows}
         out.write_text(json.dumps(record, indent=1) + "\n")
 
 
