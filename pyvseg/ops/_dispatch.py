@@ -156,16 +156,17 @@ def forget() -> None:
         known.clear()
 
 
-def choose(op: str, name: str, *tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES, slower: str, few: float = 0) -> str:
+def choose(op: str, name: str, *tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES, slower: str, few: float = 0, lost: bool = False) -> str:
     """The backend for these tensors: `name`, or what the environment and `backend()` say, or the fastest that can.
 
     With gradients on a CPU the fastest is the reference up to `few` elements: an op of ours calls Python in the backward.
+    So it is, with gradients or without, for problems that the op knows as `lost`.
     """
     device = tensors[0].device.type
     fits = all(t.dtype in dtypes for t in tensors)
     name = _wish if _checked(name) == "auto" else name
     if name == "auto":
-        if not fits or (device == "cpu" and few and _is_small(tensors, few)):
+        if not fits or (device == "cpu" and (lost or (few and _is_small(tensors, few)))):
             return "reference"
         for candidate in _in_order(op, device, tensors):
             if candidate in BACKENDS and not missing(op, candidate):

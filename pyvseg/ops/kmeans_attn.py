@@ -174,7 +174,14 @@ def _plan(
     _check_reduction(reduction)
     _check_per_cluster("scale", scale, clusters)
     _check_per_cluster("bias", bias, clusters)
-    return _dispatch.choose("kmeans_attn", backend, pixel, value, slower=_SLOWER, few=_few(value))
+    return _dispatch.choose("kmeans_attn", backend, pixel, value, slower=_SLOWER, few=_few(value), lost=_clusters_outweigh(pixel, clusters))
+
+
+def _clusters_outweigh(pixel: Tensor, clusters: Tensor) -> bool:
+    """The CPU kernel first turns the clusters round, which so few positions do not pay for."""
+    if torch.compiler.is_compiling() or pixel.dtype != torch.float32:
+        return False
+    return pixel.shape[2:].numel() <= clusters.shape[1:].numel() >> 13
 
 
 @_dispatch.planned

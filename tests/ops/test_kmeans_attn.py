@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyvseg.ops import kmeans_assign, kmeans_attn, kmeans_pool
-from pyvseg.ops.kmeans_attn import reference, reference_pool
+from pyvseg.ops._dispatch import missing
+from pyvseg.ops.kmeans_attn import _plan, reference, reference_pool
 from tests.conftest import shared
 from tests.ops.implementations import implementations
 from tests.ops.numerics import assert_as_exact
@@ -356,3 +357,15 @@ def test_published_results(isa):
     report = verify_case(shared("parity", "ops-kmeans_cross_attention"))
     assert report.passed, report
     assert sum(line.verdict == "ok" for line in report.lines) == 35
+
+
+@pytest.mark.skipif(bool(missing("kmeans_attn", "cpu")), reason="no compiled kernels")
+def test_few_positions_of_many_clusters_go_to_pytorch():
+    """They do not pay for what the kernel does to the clusters first; whoever asks for the kernel still gets it."""
+    pixel, value = (torch.randn(1, 256, 1, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    clusters = torch.randn(1, 256, 256, generator=torch.Generator().manual_seed(2))
+    plan = lambda maps, backend: _plan(maps, clusters, maps, None, None, "sum", backend)  # noqa: E731
+    assert plan(pixel, "auto") == "reference" and plan(pixel, "cpu") == "cpu" and plan(pixel.repeat(1, 1, 4, 1), "auto") == "cpu"
+    found, exact = (kmeans_attn(pixel, clusters, value, backend=backend) for backend in ("auto", "cpu"))
+    assert torch.equal(found.assign, exact.assign)
+    torch.testing.assert_close(found.update, exact.update)
