@@ -158,13 +158,12 @@ def kmeans_attn(
     wide = pixel.element_size() == 4  # six products: smaller tiles, or registers do not suffice
     BLOCK_M = _block(M, 32 if wide else 64)
     if B * M:
-        with torch.cuda.device_of(pixel):
-            _assign_kernel[(B * triton.cdiv(M, BLOCK_M),)](
-                pixel, clusters, scale, bias, assign, logits, C, M, N, *pixel.stride(), *clusters.stride(),
-                int(scale.shape[0] > 1), int(bias.shape[0] > 1), WANT_LOGITS=want_logits,
-                BLOCK_M=BLOCK_M, BLOCK_N=_block(N, 128), BLOCK_C=_block(C, 32 if wide else 64),
-                num_warps=8 if wide else 4, num_stages=2 if wide else 3,
-            )  # fmt: skip
+        _assign_kernel[(B * triton.cdiv(M, BLOCK_M),)](
+            pixel, clusters, scale, bias, assign, logits, C, M, N, *pixel.stride(), *clusters.stride(),
+            int(scale.shape[0] > 1), int(bias.shape[0] > 1), WANT_LOGITS=want_logits,
+            BLOCK_M=BLOCK_M, BLOCK_N=_block(N, 128), BLOCK_C=_block(C, 32 if wide else 64),
+            num_warps=8 if wide else 4, num_stages=2 if wide else 3,
+        )  # fmt: skip
     update, count = kmeans_pool(assign, value, N)
     return update, assign, count, logits
 
@@ -173,8 +172,7 @@ def kmeans_assign(logits: Tensor) -> Tensor:
     B, N, M = logits.shape
     assign = logits.new_empty(B, M, dtype=torch.int32)
     if B * M:
-        with torch.cuda.device_of(logits):
-            _largest_kernel[(B * triton.cdiv(M, 128),)](logits, assign, M, N, *logits.stride(), BLOCK_M=128, BLOCK_N=_block(N, 32))
+        _largest_kernel[(B * triton.cdiv(M, 128),)](logits, assign, M, N, *logits.stride(), BLOCK_M=128, BLOCK_N=_block(N, 32))
     return assign
 
 
@@ -189,12 +187,11 @@ def kmeans_pool(assign: Tensor, value: Tensor, clusters: int) -> tuple[Tensor, T
     splits = triton.cdiv(M, length)
     sums = value.new_empty(B, splits, N, D, dtype=torch.float32)
     counts = value.new_empty(B, splits, N, dtype=torch.float32)
-    with torch.cuda.device_of(value):
-        _pool_kernel[(B * splits, *across)](
-            assign, value, sums, counts, D, M, N, splits, length, *value.stride(),
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=4, num_stages=4,
-        )  # fmt: skip
-        return _add_up(sums), _add_up(counts)
+    _pool_kernel[(B * splits, *across)](
+        assign, value, sums, counts, D, M, N, splits, length, *value.stride(),
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return _add_up(sums), _add_up(counts)
 
 
 def _add_up(sums: Tensor) -> Tensor:
@@ -210,8 +207,7 @@ def kmeans_gather(grad_update: Tensor, assign: Tensor) -> Tensor:
     (B, N, D), M = grad_update.shape, assign.shape[1]
     out = grad_update.new_empty(B, D, M)
     if out.numel():
-        with torch.cuda.device_of(grad_update):
-            _gather_kernel[(B * triton.cdiv(M, 64), triton.cdiv(D, 64))](
-                grad_update.contiguous(), assign.contiguous(), out, D, M, N, BLOCK_M=64, BLOCK_D=64
-            )
+        _gather_kernel[(B * triton.cdiv(M, 64), triton.cdiv(D, 64))](
+            grad_update.contiguous(), assign.contiguous(), out, D, M, N, BLOCK_M=64, BLOCK_D=64
+        )
     return out

@@ -270,7 +270,7 @@ def main(
     """
     torch.set_num_threads(threads)
     images = np.stack([frame.image for frame in open_video(video or demo.clip()).part(0, frames)])
-    images = resize_bilinear(images, SIZE)
+    images = resize_bilinear(torch.from_numpy(images), SIZE).numpy()
     record = {"machine": machine(threads), "size": SIZE, "frames": frames, "models": {}}
     console = Console(width=140)
     for name in model:

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from pyvseg.engine.trace import span
 from pyvseg.engine.types import Frame
 from pyvseg.errors import PyvsegError, VideoError
 from pyvseg.layers.graphs import graphed
+from pyvseg.layers.transfer import Arriving, arrived, from_device
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.video_instances import Selection, VideoInstances
 
@@ -25,7 +27,7 @@ class InstanceSegmentation:
     """Drives a model of `pyvseg.models` (MinVIS, CTVIS, ...) through one video.
 
     `add` takes the frames in order, `advance` segments what has been added, `finish` returns the tracks. `state` is all that
-    they depend on: given to another InstanceSegmentation between two steps it goes on to the same tracks.
+    they depend on after `settle`: given to another InstanceSegmentation between two steps it goes on to the same tracks.
     frames_per_step is the number of frames that should be added before every `advance`, a multiple of the model's clips.
     """
 
@@ -34,6 +36,7 @@ class InstanceSegmentation:
         self.clip_length = getattr(model.settings, "clip_length", None)  # None: frames are segmented one by one in any case
         self.frames_per_step = max(_TOGETHER // (self.clip_length or 1), 1) * (self.clip_length or 1)
         self.pending: list[np.ndarray] = []
+        self._on_the_way: list[Any] = []  # to main memory: what is still to be linked, of a framewise model on a GPU
 
     def add(self, frame: Frame) -> None:
         """Raises VideoError when the frame has another size than the first frame."""
@@ -54,17 +57,31 @@ class InstanceSegmentation:
 
     def input(self) -> Tensor:
         """The added frames as the network takes them."""
-        s, images = self.model.settings, np.stack(self.pending)
+        s = self.model.settings
         with span("preprocess"):
-            return self.state.size.input(images, s.mean, s.std, self.model.device)
+            return self.state.size.input(self.pending, s.mean, s.std, self.model.device)
 
     def take(self, features: Any) -> None:
-        """The features of the added frames: segments and links them clip by clip."""
+        """`per_frame` of the added frames: segments and links them clip by clip; those of a GPU are linked while the next ones pass
+        through the network."""
         frames, self.pending = len(self.pending), []
+        if self.model.framewise:
+            self._on_the_way.append(tree_map_only(Tensor, from_device, features))
+            self._link(all_but=1 if self.model.device.type == "cuda" else 0)
+            return
         step = self.clip_length or frames
         for start in range(0, frames, step):
             clip = self.model.segment_clip(_rows(features, start, start + step), self.state)
             self.model.link(clip, self.state)
+
+    def _link(self, all_but: int) -> None:
+        while len(self._on_the_way) > all_but:
+            self.model.link(tree_map_only(Arriving, arrived, self._on_the_way.pop(0)), self.state)
+
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Waits for what has been segmented; `state` is complete then."""
+        self._link(all_but=0)
 
     @torch.inference_mode()
     def finish(self, top: int | None = None, compat: bool = True) -> VideoInstances:
@@ -72,6 +89,7 @@ class InstanceSegmentation:
         if self.state is None:
             raise VideoError("the video has no frames")
         advance([self])
+        self.settle()
         return self.model.finish(self.state, top, compat)
 
 
@@ -93,7 +111,7 @@ def advance(videos: list[InstanceSegmentation], at_once: int = 1) -> None:
             spare = at_once * group[0].frames_per_step - sum(counts)
             inputs.append(inputs[-1][-1:].expand(spare, -1, -1, -1))
         with span("encode"):
-            features = graphed(group[0].model.encode, torch.cat(inputs) if len(inputs) > 1 else inputs[0])
+            features = graphed(group[0].model.per_frame, torch.cat(inputs) if len(inputs) > 1 else inputs[0])
         for video, count, end in zip(group, counts, np.cumsum(counts).tolist()):
             with span("associate"):
                 video.take(_rows(features, end - count, end))
@@ -144,14 +162,15 @@ class InstanceStream:
         """The next frame, uint8 RGB (H, W, 3). Raises VideoError when it has another size than the first."""
         self.segmentation.add(Frame(self.frames, image, f"{self.frames:05d}"))
         advance([self.segmentation])
+        self.segmentation.settle()
         model, state = self.segmentation.model, self.segmentation.state
         probabilities, names = model.probabilities(state)
         best = Selection.best(probabilities, len(names), names, compat=False)
         rows = [i for i, score in enumerate(best.scores.tolist()) if score >= self.score_threshold]
         objects = best.objects[rows].tolist()
         present, logits = state.masks.get(0, objects)
-        masks = [state.size.to_source(state.size.upsample(plane[None, None]))[0, 0] > 0 for plane in logits]
-        shown = [(rows[i], mask.numpy()) for i, mask in zip(present, masks) if mask.any()]
+        masks = [state.size.to_source(state.size.upsample(plane[None, None]))[0, 0] > 0 for plane in logits.to(model.device)]
+        shown = [(rows[i], mask) for i, mask in zip(present, (mask.cpu().numpy() for mask in masks)) if mask.any()]
         model.forget(state)
         self.frames += 1
         labels = [int(best.labels[row]) for row, _ in shown]

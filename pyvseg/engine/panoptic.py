@@ -37,7 +37,7 @@ class PanopticSegmentation:
             self._check(frame)
             self.missing[frame.index] = frame
         for start in range(0, len(frames), _TOGETHER):
-            images = np.stack([frame.image for frame in frames[start : start + _TOGETHER]])
+            images = [frame.image for frame in frames[start : start + _TOGETHER]]
             encoded += self.model.encode_frames(images, self.state)
         if self.state is None:
             return []

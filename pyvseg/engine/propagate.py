@@ -12,7 +12,7 @@ from torch import Tensor
 from pyvseg.engine.trace import span
 from pyvseg.engine.types import Frame, FrameResult
 from pyvseg.errors import VideoError
-from pyvseg.layers.transfer import arrived, constant
+from pyvseg.layers.transfer import Arriving, constant
 from pyvseg.models.stcn import STCN, ClipFeatures
 from pyvseg.models.vos import DEFAULT_MEMORY_FRAMES, Geometry, VOSState
 
@@ -141,7 +141,7 @@ class Propagation:
     def input(self, frames: list[Frame]) -> Tensor:
         s = self.model.settings
         with span("preprocess"):
-            return self.geometry.frames(np.stack([f.image for f in frames]), s.mean, s.std, self.model.device)
+            return self.geometry.frames([f.image for f in frames], s.mean, s.std, self.model.device)
 
     def _results(self, frames: list[Frame], probabilities: Tensor) -> list[FrameResult]:
         ids = self.state.object_ids[: len(probabilities) - 1]
@@ -151,9 +151,9 @@ class Propagation:
         ascending = probabilities if order == list(range(len(ids))) else probabilities[constant(place, probabilities.device, torch.int64)]
         ids = sorted(ids)
         with span("upsample"):
-            return [self._result(f, self.geometry.labels(ascending[:, t], ids), ids) for t, f in enumerate(frames)]
+            return [self._result(f, labels, ids) for f, labels in zip(frames, self.geometry.labels(ascending, ids))]
 
-    def _result(self, frame: Frame, labels: np.ndarray, ids: list[int] = ()) -> FrameResult:
+    def _result(self, frame: Frame, labels: np.ndarray | Arriving, ids: list[int] = ()) -> FrameResult:
         return FrameResult(frame.index, frame.name, frame.image, labels, tuple(ids))
 
 
@@ -167,7 +167,7 @@ def propagate(model: STCN, frames: Iterable[Frame], **options) -> Iterator[Frame
 
 def ready(result: FrameResult) -> FrameResult:
     """The result with labels that have arrived: from a GPU they come while it works on the next clip."""
-    result.labels = arrived(result.labels)
+    result.labels = result.labels if isinstance(result.labels, np.ndarray) else result.labels.wait().numpy()
     return result
 
 

@@ -161,6 +161,7 @@ def _serve(pipe: Connection, recipe, out: Path, number: int, count: int, keep: b
     keep_freed_memory()
     if torch.cuda.is_available() and getattr(recipe, "device", "") in (None, "cuda"):
         recipe = replace(recipe, device=f"cuda:{number % torch.cuda.device_count()}")
+        torch.cuda.set_device(recipe.device)  # else every process takes memory of the first GPU too
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
     stop = Event()
     try:

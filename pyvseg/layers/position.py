@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from pyvseg.layers.transfer import made_once
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept tensors serve training too
+
+@made_once(64)
 def sine_code_2d(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(height * width, channels), row by row: the first half of the channels says the row, the second the column."""
     rows, columns = _axis(height, channels // 2, device), _axis(width, channels // 2, device)
@@ -19,8 +19,7 @@ def sine_code_2d(height: int, width: int, channels: int, device: torch.device, d
     return code.reshape(height * width, channels).to(dtype)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept tensors serve training too
+@made_once(64)
 def sine_code_3d(frames: int, height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(frames * height * width, channels), frame by frame: the 2-D code plus a code of the frame number on all channels."""
     code = sine_code_2d(height, width, channels, device, torch.float32) + _axis(frames, channels, device)[:, None]

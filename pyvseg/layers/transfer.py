@@ -3,36 +3,71 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from functools import lru_cache, wraps
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def to_device(images: np.ndarray, device: torch.device) -> Tensor:
-    """The array on the device. To a GPU by pinned memory, whose blocks PyTorch uses again as soon as they are free, on a stream
-    that does nothing else."""
-    x = torch.from_numpy(images)
+def to_device(images: Sequence[np.ndarray] | np.ndarray, device: torch.device) -> Tensor:
+    """The images, uint8 (H, W, 3), all of a size, as a tensor (L, H, W, 3) on the device. To a GPU by pinned memory, whose blocks PyTorch
+    uses again as soon as they are free, on a stream that does nothing else."""
     if device.type != "cuda":
-        return x.to(device)
-    work, copies = torch.cuda.current_stream(device), _copies(device)
+        return torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    pinned = torch.empty(len(images), *images[0].shape, dtype=torch.uint8, pin_memory=True)
+    np.stack(images, out=pinned.numpy())
+    work, copies = torch.cuda.current_stream(device), _copies(device, "up")
     with torch.cuda.stream(copies):
-        there = x.pin_memory().to(device, non_blocking=True)
+        there = pinned.to(device, non_blocking=True)
     work.wait_stream(copies)
     there.record_stream(work)
     return there
 
 
 @lru_cache
-def _copies(device: torch.device) -> torch.cuda.Stream:
+def _copies(device: torch.device, way: str) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@lru_cache(256)
-@torch.inference_mode(False)  # training may need it in its backward
+_held: list[Tensor] | None = None  # while a graph is captured: what it may read
+
+
+@contextmanager
+def holding() -> Iterator[list[Tensor]]:
+    """The tensors `made_once` that are asked for within the block. A CUDA graph reads them where they lie, so it has to hold them."""
+    global _held
+    before, _held = _held, []
+    try:
+        yield _held
+    finally:
+        _held = before
+
+
+def made_once(most: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorates a function that makes a tensor of numbers, sizes and a device: the last `most` are kept. Not to be changed."""
+
+    def decorate(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        kept = lru_cache(most)(torch.inference_mode(False)(make))  # training may need it in its backward
+
+        @wraps(make)
+        def given(*args) -> Tensor:
+            x = kept(*args)
+            if _held is not None:
+                _held.append(x)
+            return x
+
+        return given
+
+    return decorate
+
+
+@made_once(256)
 def constant(values: tuple, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor of these numbers, made once for each device: the host would wait whenever it makes one there. Not to be changed."""
+    """A tensor of these numbers: the host would wait whenever it makes one on a GPU."""
     return torch.tensor(values, dtype=dtype).to(device)
 
 
@@ -40,20 +75,31 @@ class Arriving:
     """A tensor of a GPU on its way to main memory."""
 
     def __init__(self, x: Tensor) -> None:
-        self._there = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        self._there.copy_(x, non_blocking=True)
+        work, copies = torch.cuda.current_stream(x.device), _copies(x.device, "down")
+        copies.wait_stream(work)
+        self._there = torch.empty_like(x, device="cpu", pin_memory=True)
         self._done = torch.cuda.Event(blocking=True)
-        self._done.record()
+        with torch.cuda.stream(copies):
+            self._there.copy_(x, non_blocking=True)
+            self._done.record(copies)
+        x.record_stream(copies)
 
-    def wait(self) -> np.ndarray:
+    def __iter__(self) -> Iterator[Arriving]:
+        """Along the first dimension."""
+        for row in self._there:
+            part = copy(self)
+            part._there = row
+            yield part
+
+    def wait(self) -> Tensor:
         self._done.synchronize()
-        return self._there.numpy()
+        return self._there
 
 
-def from_device(x: Tensor) -> np.ndarray | Arriving:
+def from_device(x: Tensor) -> Tensor | Arriving:
     """The tensor in main memory; from a GPU as something that is to be waited for."""
-    return Arriving(x) if x.device.type == "cuda" else x.numpy()
+    return Arriving(x) if x.device.type == "cuda" else x
 
 
-def arrived(x: np.ndarray | Arriving) -> np.ndarray:
+def arrived(x: Tensor | Arriving) -> Tensor:
     return x.wait() if isinstance(x, Arriving) else x

@@ -7,11 +7,11 @@ every object: they are computed once and applied to the values of all objects to
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pyvseg.layers.transfer import made_once
 
 Sizes = tuple[int, int, int]
 
@@ -57,8 +57,7 @@ def relative_position_index(window: Sizes) -> Tensor:
     return (offset[..., 0] * spans[1] + offset[..., 1]) * spans[2] + offset[..., 2]
 
 
-@lru_cache(8)
-@torch.inference_mode(False)
+@made_once(8)
 def shift_mask(grid: Sizes, window: Sizes, shift: Sizes, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(windows, N, N): -100 between tokens that the roll brought together from opposite sides of the grid, else 0."""
     padded = [g + -g % w for g, w in zip(grid, window)]

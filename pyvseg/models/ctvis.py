@@ -54,7 +54,12 @@ class CTVIS(Mask2Former):
     def new_state(self, size: FrameSize) -> CTVISState:
         return CTVISState(size)
 
-    def segment_clip(self, features: PixelFeatures, state: CTVISState) -> Detections:
+    framewise = True
+
+    def per_frame(self, images: Tensor) -> Detections:
+        return self.segment_clip(self.encode(images))
+
+    def segment_clip(self, features: PixelFeatures, state: CTVISState | None = None) -> Detections:
         """Every frame of the clip on its own."""
         prediction = self.decoder(features)[-1]
         return Detections(prediction.logits, prediction.masks, self.reid_embed(prediction.queries))
@@ -84,4 +89,4 @@ class CTVIS(Mask2Former):
         """The tracks of the video so far, by default as many as there are classes, as published."""
         probabilities, names = self.probabilities(state)
         chosen = Selection.best(probabilities, top or self.settings.classes, names, compat=compat)
-        return render(chosen, state.tracker.frame, state.size, state.masks.get, quality="source")
+        return render(chosen, state.tracker.frame, state.size, state.masks.get, quality="source", device=self.device)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,12 +38,13 @@ class FrameSize:
             resized = tuple(max(1, int(s + 0.5)) for s in sides)
         return cls((height, width), resized, tuple(s + -s % multiple for s in resized))
 
-    def input(self, images: np.ndarray, mean: tuple, std: tuple, device: torch.device | str = "cpu") -> Tensor:
-        """uint8 RGB (T, H, W, 3) -> normalised, padded network input (T, 3, h, w), float32, channels last in memory."""
-        if self.resized != self.source:
-            images = resize_bilinear(images, self.resized)
+    def input(self, images: Sequence[np.ndarray] | np.ndarray, mean: tuple, std: tuple, device: torch.device | str = "cpu") -> Tensor:
+        """T images, uint8 RGB (H, W, 3) -> normalised, padded network input (T, 3, h, w), float32, channels last in memory."""
         device = torch.device(device)
-        x = to_device(images, device).permute(0, 3, 1, 2).float()
+        x = to_device(images, device)
+        if self.resized != self.source:
+            x = resize_bilinear(x, self.resized)
+        x = x.permute(0, 3, 1, 2).float()
         x = (x - constant(tuple(mean), device).view(3, 1, 1)) / constant(tuple(std), device).view(3, 1, 1)
         padding = (0, self.padded[1] - self.resized[1], 0, self.padded[0] - self.resized[0])
         return F.pad(x, padding).contiguous(memory_format=torch.channels_last)

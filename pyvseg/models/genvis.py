@@ -142,4 +142,4 @@ class GenVIS(VITA):
         """The tracks of the video so far."""
         probabilities, names = self.probabilities(state)
         chosen = Selection.best(probabilities, top or self.settings.top, names, compat=compat)
-        return render(chosen, state.frames, state.size, state.masks.get, quality="resized")
+        return render(chosen, state.frames, state.size, state.masks.get, quality="resized", device=self.device)

@@ -7,6 +7,7 @@ Every query yields a class and a mask. MinVIS, CTVIS, VITA and GenVIS are built 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,12 @@ class Mask2Former(nn.Module):
     def encode(self, images: Tensor) -> PixelFeatures:
         """Normalised images (B, 3, H, W), padded to multiples of 32 -> features."""
         return self.pixel_decoder(self.backbone(images.to(self.dtype)))
+
+    framewise = False  # whether clips need nothing of a video's state: then frames of several videos are segmented together, and linked in main memory
+
+    def per_frame(self, images: Tensor) -> NamedTuple:
+        """What of a batch of frames depends on each of them alone, the frames first in every tensor."""
+        return self.encode(images)
 
     def forward(self, images: Tensor, *, clips: int = 1, auxiliary: bool = False) -> list[Prediction]:
         """Normalised images (B, 3, H, W) -> the last prediction, or with `auxiliary` all of them, the bare queries' first.

@@ -47,7 +47,7 @@ class Mask2FormerVideo(Mask2Former):
             masks = features.masks[frame]
             return list(range(len(objects))), (embeddings[objects] @ masks.flatten(1)).unflatten(1, masks.shape[1:])
 
-        return render(chosen, len(features.masks), state.size, logits_at)
+        return render(chosen, len(features.masks), state.size, logits_at, device=self.device)
 
 
 def joined(parts: list[PixelFeatures]) -> PixelFeatures:

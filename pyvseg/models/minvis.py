@@ -40,7 +40,12 @@ class MinVIS(Mask2Former):
     def new_state(self, size: FrameSize) -> MinVISState:
         return MinVISState(size)
 
-    def segment_clip(self, features: PixelFeatures, state: MinVISState) -> Prediction:
+    framewise = True
+
+    def per_frame(self, images: Tensor) -> Prediction:
+        return self.segment_clip(self.encode(images))
+
+    def segment_clip(self, features: PixelFeatures, state: MinVISState | None = None) -> Prediction:
         """Every frame of the clip on its own."""
         return self.decoder(features)[-1]
 
@@ -68,7 +73,7 @@ class MinVIS(Mask2Former):
     def finish(self, state: MinVISState, top: int | None = None, compat: bool = True) -> VideoInstances:
         """The tracks of the video so far."""
         probabilities, names = self.probabilities(state)
-        return render(Selection.best(probabilities, top or TOP, names, compat=compat), state.frames, state.size, state.masks.get)
+        return render(Selection.best(probabilities, top or TOP, names, compat=compat), state.frames, state.size, state.masks.get, device=self.device)
 
 
 def match(before: Tensor, after: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +31,8 @@ class FrameByFrame:
         """For a video of that size."""
         return FramesState(FrameSize((height, width), (height, width), (height, width)))
 
-    def encode_frames(self, images: np.ndarray, state: FramesState) -> list[tuple[np.ndarray, list[Segment]]]:
-        """uint8 RGB (T, H, W, 3) -> the frames, for `step`."""
+    def encode_frames(self, images: Sequence[np.ndarray] | np.ndarray, state: FramesState) -> list[tuple[np.ndarray, list[Segment]]]:
+        """T images, uint8 RGB (H, W, 3) -> the frames, for `step`."""
         return [self.panoptic(image) for image in images]
 
     def step(self, frames: list[tuple[np.ndarray, list[Segment]]], state: FramesState, *, last: bool = False) -> list[PanopticFrame]:

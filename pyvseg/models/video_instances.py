@@ -107,32 +107,35 @@ class Selection:
 
 
 def render(
-    chosen: Selection, frames: int, size: FrameSize, logits_at: Callable[[int, list[int]], tuple[list[int], Tensor]], *, quality: Literal["resized", "source"] | None = None
+    chosen: Selection, frames: int, size: FrameSize, logits_at: Callable[[int, list[int]], tuple[list[int], Tensor]], *,
+    quality: Literal["resized", "source"] | None = None, device: torch.device | str = "cpu",
 ) -> VideoInstances:
     """Full-size masks of the chosen objects, frame by frame, encoded at once.
 
     logits_at   (frame, objects) -> positions of the objects that are there, and their stride-4 logits (P, h, w)
     quality     scores are multiplied by the mean mask probability inside the mask over all frames, at the size of the resized
                 frames (VITA, GenVIS) or of the video's own (CTVIS)
+    device      that the masks are made on, with the logits or not
     """
     objects = list(dict.fromkeys(chosen.objects.tolist()))
     segments = Segments(size.source, objects, frames)
     inside, total = torch.zeros(2, len(objects))
+    nothing = encode_masks(np.zeros((1, *size.source), bool))[0]["counts"]
     step = max(1, CHUNK_BYTES // (4 * max(size.padded[0] * size.padded[1], size.source[0] * size.source[1])))
     for t in range(frames):
         present, logits = logits_at(t, objects)
         for start in range(0, len(present), step):
             some = present[start : start + step]
-            full = size.upsample(logits[None, start : start + step])
+            full = size.upsample(logits[None, start : start + step].to(device))
             shown = size.to_source(full)[0]
             if quality is not None:
                 judged = full[0] if quality == "resized" else shown
                 inside[some] += (judged > 0).flatten(1).sum(1).float().cpu()
                 total[some] += (judged.sigmoid() * (judged > 0)).flatten(1).sum(1).cpu()
-            masks = (shown > 0).cpu().numpy()
-            set_somewhere = masks.any((1, 2))
-            for i, rle in zip(np.array(some)[set_somewhere], encode_masks(masks[set_somewhere])):
-                segments.put(objects[i], t, rle)
+            masks = shown > 0
+            for i, rle in zip(some, encode_masks(masks if masks.is_cuda else masks.numpy())):
+                if rle["counts"] != nothing:
+                    segments.put(objects[i], t, rle)
     scores = chosen.scores.float().cpu()
     if quality is not None:
         scores = scores * (total / (inside + 1e-6))[[objects.index(name) for name in chosen.objects.tolist()]]

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from pyvseg.layers.graphs import graphed
 from pyvseg.layers.kmax_backbones import DEEPLAB2_RESNET50, ConvNeXtSizes, ResNetSizes
 from pyvseg.layers.kmax_decoder import FramePixels
 from pyvseg.models.kmax import KMaX, KMaXSettings
@@ -66,8 +68,8 @@ class VideoKMaX(KMaX):
         """For a video of that size."""
         return VideoKMaXState(KMaXSize.fit((height, width), self.settings.image_size))
 
-    def input(self, images: np.ndarray, state: VideoKMaXState) -> Tensor:
-        """uint8 RGB (T, H, W, 3) -> the network's input."""
+    def input(self, images: Sequence[np.ndarray] | np.ndarray, state: VideoKMaXState) -> Tensor:
+        """T images, uint8 RGB (H, W, 3) -> the network's input."""
         return state.size.input(images, self.settings.mean, self.settings.std, self.device)
 
     @property
@@ -75,9 +77,9 @@ class VideoKMaX(KMaX):
         """Between a category and an object's id in results."""
         return self.settings.linking.divisor
 
-    def encode_frames(self, images: np.ndarray, state: VideoKMaXState) -> list[FramePixels]:
-        """uint8 RGB (T, H, W, 3) -> the frames, for `step`."""
-        return self.encode(self.input(images, state)).split()
+    def encode_frames(self, images: Sequence[np.ndarray] | np.ndarray, state: VideoKMaXState) -> list[FramePixels]:
+        """T images, uint8 RGB (H, W, 3) -> the frames, for `step`."""
+        return graphed(self.encode, self.input(images, state)).split()
 
     def step(self, frames: list[FramePixels], state: VideoKMaXState, *, last: bool = False) -> list[PanopticFrame]:
         """Takes the video's next frames, encoded; returns the results that they complete, in order. `last`: no more will come."""

@@ -92,4 +92,4 @@ class VITA(Mask2Former):
             return list(range(len(objects))), logits.unflatten(1, masks.shape[:2])
 
         chosen = Selection.best(probabilities, top or self.settings.top, compat=compat)
-        return render(chosen, len(state.masks), state.size, logits_at, quality="resized")
+        return render(chosen, len(state.masks), state.size, logits_at, quality="resized", device=self.device)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from pyvseg import checkpoints
 from pyvseg.errors import CheckpointError
-from pyvseg.layers.transfer import Arriving, constant, from_device, to_device
+from pyvseg.layers.transfer import Arriving, constant, to_device
 from pyvseg.models.memory import MemoryBank
 
 DEFAULT_MEMORY_FRAMES = 16
+_CHUNK_BYTES = 256 << 20  # of full-size probabilities on a GPU
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Geometry:
         across, down = -resized[1] % multiple, -resized[0] % multiple
         return cls((height, width), resized, (across // 2, across - across // 2, down // 2, down - down // 2))
 
-    def frames(self, images: np.ndarray, mean: tuple, std: tuple, device: torch.device) -> Tensor:
-        """uint8 RGB (L, H, W, 3) -> normalised network input (L, 3, h, w), float32, channels last.
+    def frames(self, images: Sequence[np.ndarray] | np.ndarray, mean: tuple, std: tuple, device: torch.device) -> Tensor:
+        """L images, uint8 RGB (H, W, 3) -> normalised network input (L, 3, h, w), float32, channels last.
 
         The published order: normalise, then resize by bicubic interpolation without antialiasing, then pad with zeros. On a CPU the
         first two change places, which only rounds differently, for OpenCV's resizing: 8 times as fast and closer to float64.
@@ -50,7 +52,7 @@ class Geometry:
             x = F.interpolate(x, self.resized, mode="bicubic", align_corners=False)
         return F.pad(x, self.padding).contiguous(memory_format=torch.channels_last)
 
-    def _frames_on_cpu(self, images: np.ndarray, mean: tuple, std: tuple) -> Tensor:
+    def _frames_on_cpu(self, images: Sequence[np.ndarray] | np.ndarray, mean: tuple, std: tuple) -> Tensor:
         left, right, top, bottom = self.padding
         (height, width), deviation = self.resized, torch.tensor(std)
         x = torch.zeros(len(images), top + height + bottom, left + width + right, 3)
@@ -69,15 +71,18 @@ class Geometry:
             one_hot = F.interpolate(one_hot[None], self.resized, mode="nearest")[0]
         return F.pad(one_hot, self.padding)
 
-    def labels(self, probabilities: Tensor, ids: list[int]) -> np.ndarray | Arriving:
-        """Probabilities (K + 1, h, w) of the background and of `ids` -> uint8 label image (H, W); ties go to the lower place."""
+    def labels(self, probabilities: Tensor, ids: list[int]) -> list[np.ndarray] | Arriving:
+        """Probabilities (K + 1, L, h, w) of the background and of `ids` -> L label images, uint8 (H, W); ties go to the lower place."""
+        if probabilities.device.type == "cpu":
+            return [_most_probable(self._to_source(p)[:, 0].numpy(), ids) for p in probabilities.split(1, 1)]
+        together = max(1, _CHUNK_BYTES // (4 * len(probabilities) * self.source[0] * self.source[1]))
+        values = constant((0, *ids), probabilities.device, torch.uint8)
+        return Arriving(torch.cat([values[self._to_source(p).argmax(0)] for p in probabilities.split(together, 1)]))
+
+    def _to_source(self, probabilities: Tensor) -> Tensor:
         left, _, top, _ = self.padding
-        p = probabilities[:, top : top + self.resized[0], left : left + self.resized[1]]
-        if self.resized != self.source:
-            p = F.interpolate(p[None], self.source, mode="bilinear", align_corners=False)[0]
-        if p.device.type == "cpu":
-            return _most_probable(p.numpy(), ids)
-        return from_device(constant((0, *ids), p.device, torch.uint8)[p.argmax(0)])
+        p = probabilities[..., top : top + self.resized[0], left : left + self.resized[1]]
+        return p if self.resized == self.source else F.interpolate(p, self.source, mode="bilinear", align_corners=False)
 
 
 def _most_probable(probabilities: np.ndarray, ids: list[int]) -> np.ndarray:

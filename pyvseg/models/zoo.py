@@ -138,6 +138,8 @@ def load(
         raise PyvsegError(f"precision {precision!r} is not supported; use float32 or bfloat16")
     model = build_variant(chosen, checkpoints.read(path), name=str(path))
     model.to(_device(device))
+    if model.device.type == "cuda" and precision == "float32":
+        torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions: 10 bits of mantissa
     return for_inference(model, getattr(torch, precision))
 
 

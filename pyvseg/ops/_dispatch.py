@@ -358,6 +358,7 @@ def _differentiate(library: str, op: str) -> None:
 
 def _triton_kernel(module: str, op: str) -> Callable:
     def run(*args):
-        return getattr(importlib.import_module(f"pyvseg.kernels.{module}"), op)(*args)
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current GPU, whatever the tensors'
+            return getattr(importlib.import_module(f"pyvseg.kernels.{module}"), op)(*args)
 
     return run

@@ -7,6 +7,7 @@ The published video instance segmentation systems resize their frames with Pillo
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,29 +16,30 @@ from torch import Tensor
 _BITS = 22  # fraction bits of a weight
 
 
-def resize_bilinear(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (T, H, W, 3) -> uint8 (T, *size, 3), bit for bit what Pillow's `resize(..., BILINEAR)` gives.
+def resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (T, H, W, 3) -> uint8 (T, *size, 3) on any device, bit for bit what Pillow's `resize(..., BILINEAR)` gives.
 
     Rows are resized before columns; new releases of Pillow turn that round where one axis shrinks and the other grows.
     """
-    x = torch.from_numpy(np.ascontiguousarray(images))
     for axis, target in ((2, size[1]), (1, size[0])):
         if x.shape[axis] != target:
             x = _resize_axis(x, axis, target)
-    return x.numpy()
+    return x
 
 
 def _resize_axis(x: Tensor, axis: int, size: int) -> Tensor:
-    index, weight = _taps(x.shape[axis], size)
+    index, weight = _taps(x.shape[axis], size, x.device)
     shape = [1] * x.ndim
     shape[axis] = size
-    total = torch.full((), 1 << (_BITS - 1), dtype=torch.int32)
+    total = 1 << (_BITS - 1)
     for i, w in zip(index, weight):
         total = total + x.index_select(axis, i) * w.view(shape)
     return (total >> _BITS).clamp_(0, 255).to(torch.uint8)
 
 
-def _taps(before: int, after: int) -> tuple[Tensor, Tensor]:
+@lru_cache(64)
+@torch.inference_mode(False)
+def _taps(before: int, after: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """For every output position the input positions that it sums, int64 (taps, after), and their int32 weights."""
     scale = before / after
     support = max(scale, 1.0)
@@ -47,4 +49,4 @@ def _taps(before: int, after: int) -> tuple[Tensor, Tensor]:
     position = first + np.arange(math.ceil(support) * 2 + 1)[:, None]
     weight = np.clip(1 - np.abs((position - centre + 0.5) / support), 0, None) * (position < end)
     weight = (weight / weight.sum(0) * (1 << _BITS) + 0.5).astype(np.int32)
-    return torch.from_numpy(np.minimum(position, before - 1)), torch.from_numpy(weight)
+    return torch.from_numpy(np.minimum(position, before - 1)).to(device), torch.from_numpy(weight).to(device)

@@ -57,7 +57,8 @@ def test_no_value_decides_what_the_host_does():
 def test_transfers_on_a_cpu_are_the_arrays_themselves():
     cpu, images = torch.device("cpu"), video(2)
     assert np.shares_memory(to_device(images, cpu).numpy(), images)
-    assert np.shares_memory(arrived(from_device(torch.from_numpy(images))), images)
+    assert np.shares_memory(arrived(from_device(torch.from_numpy(images))).numpy(), images)
+    assert torch.equal(to_device(list(images), cpu), torch.from_numpy(images))
     assert constant((1.0, 2.0), cpu) is constant((1.0, 2.0), cpu) and constant((1,), cpu, torch.uint8).dtype == torch.uint8
 
 

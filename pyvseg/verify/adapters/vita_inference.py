@@ -105,7 +105,7 @@ def _drive(model: VITA, frames: np.ndarray, together: int) -> tuple[object, Vide
 def _detector_taps(manifest: dict, model: Mask2Former, taps: Taps, frames: np.ndarray) -> Iterator[tuple]:
     """Of the image model: pixels of frame 0, queries of all frames."""
     s = model.settings
-    yield "tap/resized", resize_bilinear(frames, FrameSize.of(*frames.shape[1:3], s.short_side, s.long_side).resized)
+    yield "tap/resized", resize_bilinear(torch.from_numpy(frames), FrameSize.of(*frames.shape[1:3], s.short_side, s.long_side).resized).numpy()
     steps = _steps(manifest)
     for i, tensor in enumerate(taps.outputs("backbone", 0)):
         yield f"tap/res{i + 2}", tensor[0, :: steps[0]]
