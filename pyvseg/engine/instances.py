@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,8 @@ class InstanceSegmentation:
         self.clip_length = getattr(model.settings, "clip_length", None)  # None: frames are segmented one by one in any case
         self.frames_per_step = max(_TOGETHER // (self.clip_length or 1), 1) * (self.clip_length or 1)
         self.pending: list[np.ndarray] = []
-        self._on_the_way: list[Any] = []  # to main memory: what is still to be linked, of a framewise model on a GPU
+        self._linker = ThreadPoolExecutor(1, "pyvseg-link") if model.framewise and model.device.type == "cuda" else None
+        self._linked: Future | None = None
 
     def add(self, frame: Frame) -> None:
         """Raises VideoError when the frame has another size than the first frame."""
@@ -62,26 +64,34 @@ class InstanceSegmentation:
             return self.state.size.input(self.pending, s.mean, s.std, self.model.device)
 
     def take(self, features: Any) -> None:
-        """`per_frame` of the added frames: segments and links them clip by clip; those of a GPU are linked while the next ones pass
-        through the network."""
+        """`per_frame` of the added frames: segments and links them clip by clip. Those of a GPU are linked in a thread, while the
+        next ones pass through the network."""
         frames, self.pending = len(self.pending), []
         if self.model.framewise:
-            self._on_the_way.append(tree_map_only(Tensor, from_device, features))
-            self._link(all_but=1 if self.model.device.type == "cuda" else 0)
+            on_the_way = tree_map_only(Tensor, from_device, features)
+            self.settle()
+            if self._linker is None:
+                self._link(on_the_way)
+            else:
+                self._linked = self._linker.submit(self._link, on_the_way)
             return
         step = self.clip_length or frames
         for start in range(0, frames, step):
-            clip = self.model.segment_clip(_rows(features, start, start + step), self.state)
-            self.model.link(clip, self.state)
-
-    def _link(self, all_but: int) -> None:
-        while len(self._on_the_way) > all_but:
-            self.model.link(tree_map_only(Arriving, arrived, self._on_the_way.pop(0)), self.state)
+            with span("associate"):
+                clip = self.model.segment_clip(_rows(features, start, start + step), self.state)
+                self.model.link(clip, self.state)
 
     @torch.inference_mode()
+    def _link(self, on_the_way: Any) -> None:
+        clip = tree_map_only(Arriving, arrived, on_the_way)
+        with span("associate"):
+            self.model.link(clip, self.state)
+
     def settle(self) -> None:
-        """Waits for what has been segmented; `state` is complete then."""
-        self._link(all_but=0)
+        """Waits until what has been segmented is linked; `state` is complete then."""
+        linked, self._linked = self._linked, None
+        if linked is not None:
+            linked.result()
 
     @torch.inference_mode()
     def finish(self, top: int | None = None, compat: bool = True) -> VideoInstances:
@@ -113,8 +123,7 @@ def advance(videos: list[InstanceSegmentation], at_once: int = 1) -> None:
         with span("encode"):
             features = graphed(group[0].model.per_frame, torch.cat(inputs) if len(inputs) > 1 else inputs[0])
         for video, count, end in zip(group, counts, np.cumsum(counts).tolist()):
-            with span("associate"):
-                video.take(_rows(features, end - count, end))
+            video.take(_rows(features, end - count, end))
 
 
 def segment(model: nn.Module, frames: Iterable[Frame], top: int | None = None, compat: bool = True) -> VideoInstances:

@@ -20,7 +20,7 @@ def to_device(images: Sequence[np.ndarray] | np.ndarray, device: torch.device) -
         return torch.from_numpy(np.ascontiguousarray(images)).to(device)
     pinned = torch.empty(len(images), *images[0].shape, dtype=torch.uint8, pin_memory=True)
     np.stack(images, out=pinned.numpy())
-    work, copies = torch.cuda.current_stream(device), _copies(device, "up")
+    work, copies = torch.cuda.current_stream(device), _stream(device, "up")
     with torch.cuda.stream(copies):
         there = pinned.to(device, non_blocking=True)
     work.wait_stream(copies)
@@ -29,8 +29,20 @@ def to_device(images: Sequence[np.ndarray] | np.ndarray, device: torch.device) -
 
 
 @lru_cache
-def _copies(device: torch.device, way: str) -> torch.cuda.Stream:
+def _stream(device: torch.device, use: str) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def aside(device: torch.device) -> Iterator[None]:
+    """On a GPU the block's work goes to a stream for threads beside the model's, behind all that is under way when it begins."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _stream(device, "aside")
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
 
 
 _held: list[Tensor] | None = None  # while a graph is captured: what it may read
@@ -75,7 +87,7 @@ class Arriving:
     """A tensor of a GPU on its way to main memory."""
 
     def __init__(self, x: Tensor) -> None:
-        work, copies = torch.cuda.current_stream(x.device), _copies(x.device, "down")
+        work, copies = torch.cuda.current_stream(x.device), _stream(x.device, "down")
         copies.wait_stream(work)
         self._there = torch.empty_like(x, device="cpu", pin_memory=True)
         self._done = torch.cuda.Event(blocking=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyvseg.errors import OutputError
+from pyvseg.layers.transfer import arrived, from_device
 
 MEMORY_BYTES = 8 << 20  # of a spool that stay in memory; more goes to a temporary file
 _MARGIN = 2  # cells around a mask's set cells that its full-size pixels depend on, see `MaskStore`
@@ -39,7 +40,7 @@ class Spool:
 
     def append(self, tensor: Tensor) -> int:
         """Keeps a tensor of at most 4 dimensions; returns its number."""
-        data = tensor.detach().cpu().contiguous()
+        data = arrived(from_device(tensor.detach())).contiguous()
         head = np.zeros(_HEAD, np.int64)
         head[: 2 + data.ndim] = (_DTYPES.index(data.dtype), data.ndim, *data.shape)
         with _disk_errors():
@@ -126,16 +127,16 @@ class MaskStore:
 
     def append(self, logits: Tensor, objects: list[int]) -> None:
         """The next frame: logits (N, h, w) of `objects`."""
+        logits = arrived(from_device(logits.detach()))
         self.grid = tuple(logits.shape[-2:])
         inside = (logits > 0).view(torch.uint8)  # `any` of bool takes PyTorch five times as long
-        rows, columns = (inside.amax(dim).bool().cpu().numpy() for dim in (2, 1))
+        rows, columns = (inside.amax(dim).bool().numpy() for dim in (2, 1))
         present = np.flatnonzero(rows.any(1))
         (top, bottom), (left, right) = _spans(rows[present]), _spans(columns[present])
         boxes = np.stack([np.asarray(objects, np.int32)[present], top, left, bottom - top, right - left], 1).astype(np.int32)
-        logits = logits.detach().to("cpu", torch.float32)
-        parts = [logits[i, t:b, le:r].flatten() for i, t, b, le, r in zip(present.tolist(), top, bottom, left, right)]
+        parts = [logits[i, t:b, le:r].float().flatten() for i, t, b, le, r in zip(present.tolist(), top, bottom, left, right)]
         self.spool.append(torch.from_numpy(boxes))
-        self.spool.append(torch.cat(parts) if parts else logits.new_empty(0))
+        self.spool.append(torch.cat(parts) if parts else torch.empty(0))
 
     def get(self, frame: int, objects: list[int]) -> tuple[list[int], Tensor]:
         """Which of `objects` (their positions) have a mask in `frame`, and the logits (P, h, w) of these."""

@@ -4,6 +4,7 @@
 import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import cv2
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from pyvseg.cli.main import main
-from pyvseg.engine.instances import segment
+from pyvseg.engine.instances import InstanceSegmentation, advance, segment
 from pyvseg.engine.types import Frame
 from pyvseg.errors import VideoError
 from pyvseg.models import spool, zoo
@@ -67,6 +68,27 @@ def test_bfloat16_gives_nearly_the_same(name, small):
     weights, frames = small(name), [Frame(t, image, str(t)) for t, image in enumerate(images(4))]
     exact, near = (segment(zoo.load(name, weights=weights, precision=precision), frames) for precision in ("float32", "bfloat16"))
     assert len(near) == len(exact) and np.allclose(near.scores, exact.scores, atol=0.03) and near[0].masks.shape == (4, 48, 64)
+
+
+@pytest.mark.parametrize("name", NAMES[1:3])
+def test_linked_in_a_thread_as_on_a_gpu(name, small, monkeypatch):
+    """In between two steps `state` is complete after `settle`; what goes wrong there is told by the next step."""
+    model, frames = zoo.load(name, weights=small(name)), [Frame(t, image, str(t)) for t, image in enumerate(images(10))]
+    segmentation = InstanceSegmentation(model)
+    segmentation._linker = ThreadPoolExecutor(1)
+    for t, frame in enumerate(frames):
+        segmentation.step(frame)
+        if t == 7:
+            segmentation.settle()
+            assert len(segmentation.state.masks) == 8
+    advance([segmentation])
+    found, expected = segmentation.finish(), segment(model, frames)
+    assert np.array_equal(found.scores, expected.scores) and [track.rle for track in found] == [track.rle for track in expected]
+    monkeypatch.setattr(model, "link", lambda clip, state: 1 / 0)
+    segmentation.add(frames[0])
+    advance([segmentation])
+    with pytest.raises(ZeroDivisionError):
+        segmentation.settle()
 
 
 def test_damaged_weights_and_full_disks(small, clip, tmp_path, capsys, monkeypatch):

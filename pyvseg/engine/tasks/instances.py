@@ -25,6 +25,7 @@ from pyvseg.engine.recipe import Recipe, Results
 from pyvseg.engine.task import Found, Lane, Session, opened
 from pyvseg.engine.trace import span, spans
 from pyvseg.errors import VideoError
+from pyvseg.layers.transfer import aside
 from pyvseg.models import zoo
 from pyvseg.models.state import load_state, save_state
 from pyvseg.models.video_instances import VideoInstances
@@ -94,6 +95,7 @@ class InstanceLane(Lane):
         self.turn = self.segmentation.frames_per_step
         self._check_memory()
         self.found: VideoInstances | None = None
+        self.whole = False  # all frames have been segmented
 
     def _check_memory(self) -> None:
         network, name, at_once = self.task.network, self.task.name, self.task.at_once
@@ -106,7 +108,8 @@ class InstanceLane(Lane):
             self.alone, self.note = True, f"segmented by itself: {at_once} at once would not fit into memory"
 
     def begin(self, saved: Path | None) -> None:
-        self.segmentation.state = load_state(saved, self.task.network.device) if saved else None
+        network = self.task.network
+        self.segmentation.state = load_state(saved, "cpu" if network.framewise else network.device) if saved else None
 
     def fill(self) -> None:
         super().fill()
@@ -115,17 +118,24 @@ class InstanceLane(Lane):
         self.done += len(self.taken)
 
     def step(self) -> None:
-        if self.at_end and not self.session.stop.is_set():
-            r = self.task.results
-            with span("model", self.name):
-                self.found = self.segmentation.finish(r.top_k, r.compat)
-            self.found.classes = self.task.classes
+        self.whole = self.at_end and not self.session.stop.is_set()
+        if self.whole and self.task.network.device.type == "cpu":
+            self._finish()
+
+    def _finish(self) -> None:
+        r = self.task.results
+        with span("model", self.name):
+            self.found = self.segmentation.finish(r.top_k, r.compat)
+        self.found.classes = self.task.classes
 
     def complete(self) -> bool:
         """Writes the results; False if Ctrl-C came in between."""
-        tracks = self.found
-        if tracks is None:
+        if not self.whole:
             return False
+        if self.found is None:  # a GPU has room for it beside other videos' frames
+            with aside(self.task.network.device):
+                self._finish()
+        tracks = self.found
         shown = _shown(tracks, self.task.results.score_threshold)
         with span("write", self.name):
             file = "tracks.json" if self.targets.folder is None else "results.json"
@@ -154,6 +164,7 @@ class InstanceLane(Lane):
         return True
 
     def save(self) -> Callable[[Path], None]:
+        self.segmentation.settle()
         return partial(save_state, self.segmentation.state)
 
 
