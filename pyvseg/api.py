@@ -98,7 +98,7 @@ class InstanceModel:
 
 
 class PanopticModel:
-    """A loaded model for video panoptic segmentation; `network` is the torch module, `classes` are the names that it knows."""
+    """A loaded model for video panoptic or semantic segmentation; `network` is the torch module, `classes` are the names that it knows."""
 
     def __init__(self, network: nn.Module, classes: tuple[str, ...] = ()) -> None:
         self.network, self.classes = network, classes
@@ -125,6 +125,6 @@ def load(
     network = zoo.load(name, weights=weights, device=device, precision=precision)
     if chosen.task == "video instance segmentation":
         return InstanceModel(network, chosen.classes)
-    if chosen.task == "video panoptic segmentation":
+    if chosen.task in ("video panoptic segmentation", "video semantic segmentation"):
         return PanopticModel(network, chosen.classes)
     return Model(network)

@@ -90,20 +90,20 @@ class PublishedDeformableAttention(MSDeformAttn):
 
 
 class PublishedDecoder(MaskDecoder):
-    def refine(self, features: PixelFeatures, *, clips: int = 1) -> Iterator[Tensor]:
+    def states(self, features: PixelFeatures, *, clips: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         frames = self._frames(features, clips)
         memory = [self._memory(level, i, frames) for i, level in enumerate(features.levels)]
         maps = features.masks.unflatten(0, (-1, frames or 1))  # (B, T, M, h, w)
         x = self.query_feat.weight.expand(len(maps), -1, -1)
         for i, layer in enumerate(self.layers):
             queries = self.decoder_norm(x)
-            yield queries
+            yield x, queries
             self.class_embed(queries)
             masks = torch.einsum("bqc,btchw->bqthw", self.mask_embed(queries), maps)
             size = features.levels[i % self.scales].shape[-2:]
             small = F.interpolate(masks.flatten(0, 1), size, mode="bilinear", align_corners=False).unflatten(0, masks.shape[:2])
             x = layer(x, self.query_embed.weight, *memory[i % self.scales], small.flatten(2))
-        yield self.decoder_norm(x)
+        yield x, self.decoder_norm(x)
 
 
 PUBLISHED_MODULES = {Attention: PublishedAttention, MSDeformAttn: PublishedDeformableAttention, MaskDecoder: PublishedDecoder}

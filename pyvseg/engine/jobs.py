@@ -57,7 +57,7 @@ def find_jobs(root: Path, annotations: str = "auto", sequences: list[str] | None
 
 def find_videos(source, sequences: list[str] | None = None) -> tuple[list[Job], YouTubeVIS | None]:
     """The videos behind `source`, and the data set if it is one: the JSON or the folder of a YouTube-VIS or OVIS split, a folder
-    with JPEGImages/SEQUENCE, a folder of videos (files, or folders of images), or a single video, whose job has no name."""
+    with JPEGImages/SEQUENCE, a folder of videos (files, folders of images, or VSPW's VIDEO/origin), or a single video, whose job has no name."""
     root = Path(source) if isinstance(source, (str, Path)) else None
     if root is None or not (root.suffix == ".json" or root.is_dir()):
         return [Job("", source)], None
@@ -73,15 +73,19 @@ def find_videos(source, sequences: list[str] | None = None) -> tuple[list[Job], 
         if is_dataset(root):
             images = root / "JPEGImages"
             inside = sorted((images / "480p" if (images / "480p").is_dir() else images).iterdir())
-        clips += [path for path in inside if path.is_dir() and any(p.suffix.lower() in IMAGE_SUFFIXES for p in path.iterdir())]
+        clips += [path for path in inside if path.is_dir() and any(p.suffix.lower() in IMAGE_SUFFIXES for p in _images(path).iterdir())]
         stems = Counter(path.stem for path in clips)
-        jobs = [Job(path.stem if stems[path.stem] == 1 else path.name, path) for path in sorted(clips)]
+        jobs = [Job(path.stem if stems[path.stem] == 1 else path.name, _images(path)) for path in sorted(clips)]
     if not jobs:
         raise VideoError(f"{root}: neither images nor videos nor folders of images in there")
     if sequences:
         names = set(_listed(sequences, [job.name for job in jobs], root))
         jobs = [job for job in jobs if job.name in names]
     return jobs, dataset
+
+
+def _images(video: Path) -> Path:
+    return video / "origin" if (video / "origin").is_dir() else video
 
 
 def _listed(sequences: list[str], known: list[str], root: Path) -> list[str]:

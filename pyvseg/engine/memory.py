@@ -19,7 +19,7 @@ from pyvseg.video.reader import Video
 
 QUEUE_BYTES = 256 << 20  # of decoded frames that wait between two stages
 _NETWORK, _NETWORK_BASE = 950, 150 << 20  # bytes per pixel of a batch in float32, and of any batch; measured on ResNet-50 and Swin-L
-_FEATURES = 250  # bytes per pixel that a joint model takes for every frame of the video: kept maps, joined, and its keys
+_FEATURES = 250  # bytes per pixel that a joint model takes for every frame that it holds: kept maps, joined, and its keys
 _FOLLOWING_BASE, _SHARE = 600 << 20, 0.8  # bytes of the program and of a few frames' inner maps; part of all memory to use
 _DECODER_FRAMES = 16  # that FFmpeg's threads hold, at 1.5 bytes a pixel
 _CHUNKS = 6  # arrays of the size of a chunk of full-size masks that exist at once
@@ -36,11 +36,16 @@ def needed(network: nn.Module, video: Video, step: int, at_once: int = 1) -> tup
     s, (height, width) = network.settings, video.size
     size = FrameSize.of(height, width, s.short_side, s.long_side)
     pixels = size.padded[0] * size.padded[1] * network.dtype.itemsize / 4
-    frames = _FEATURES * pixels * (video.frame_count or 0) if s.joint else 0
+    frames = _FEATURES * pixels * _held_frames(network, video)
     batch = _NETWORK_BASE + at_once * _NETWORK * pixels * step
     masks = _CHUNKS * max(CHUNK_BYTES, 4 * height * width)  # not at the same time as a batch
     decoded = at_once * height * width * (3 * (queue_frames(video, step) + 2 * step) + 1.5 * _DECODER_FRAMES)
     return int(max(batch, masks) + at_once * frames), int(decoded)
+
+
+def _held_frames(network: nn.Module, video: Video) -> int:
+    """A joint model sees the whole video at once, or tubes of it."""
+    return getattr(network.settings, "held_frames", video.frame_count or 0) if network.settings.joint else 0
 
 
 def clip_bytes(network: STCN, video: Video, clip_length: int, objects: int, memory_frames: int) -> int:
@@ -112,10 +117,11 @@ def check_memory(network: nn.Module, name: str, video: Video, step: int, at_once
         free = available(device)
         if free is not None and bytes_ > free:
             height, width = video.size
-            what = f"{width}x{height} frames" if not network.settings.joint else f"{video.frame_count} frames of {width}x{height}, seen together,"
+            whole = network.settings.joint and not hasattr(network.settings, "held_frames")
+            what = f"{width}x{height} frames" if not whole else f"{video.frame_count} frames of {width}x{height}, seen together,"
             ways = ["--at-once 1"] if at_once > 1 else []
             ways += ["--precision bfloat16"] if network.dtype == torch.float32 else []
-            ways += ["fewer --frames, or a model that goes frame by frame (minvis, ctvis)"] if network.settings.joint else []
+            ways += ["fewer --frames, or a model that goes frame by frame (minvis, ctvis)"] if whole else []
             raise VideoError(
                 f"{video.source}: {what} take {name} about {bytes_ / 1e9:.1f} GB of memory ({device}), {free / 1e9:.1f} GB are free; "
                 f"try {', '.join([*ways, 'a smaller video'])}"

@@ -31,7 +31,8 @@ class Results:
     top_k: int | None = None
     """Instance segmentation: so many tracks at most. Left out: the model's published number."""
     compat: bool = True
-    """Instance segmentation: each object only once, with its likeliest class; as published it makes a track for each likely one."""
+    """Instance segmentation: each object only once, with its likeliest class; as published it makes a track for each likely one.
+    Tube-Link, panoptic: without the published code's faults in the ids of objects."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Recipe:
             names += ["score_threshold", "top_k", "compat"]
         else:
             names += ["clip_length", "max_memory_frames" if self.needs_masks else "step_pngs"]
+            names += ["compat"] if hasattr(zoo.variant(self.model).settings, "compat") else []
             given["clip_length"] = self.clip_length or getattr(zoo.variant(self.model).settings, "clip_length", 1)
         return {name: given[name] for name in names}
 

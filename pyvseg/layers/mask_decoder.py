@@ -87,16 +87,20 @@ class MaskDecoder(nn.Module):
 
     def refine(self, features: PixelFeatures, *, clips: int = 1) -> Iterator[Tensor]:
         """The normalised queries (B, Q, C): bare, then after every layer."""
+        return (queries for _, queries in self.states(features, clips=clips))
+
+    def states(self, features: PixelFeatures, *, clips: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """The queries (B, Q, C) as the layers hand them on, and normalised: bare, then after every layer."""
         frames = self._frames(features, clips)
         memory = [self._memory(level, i, frames) for i, level in enumerate(features.levels)]
         small = [_resized(features.masks, level.shape[-2:], frames) for level in features.levels]
         x = self.query_feat.weight.expand(len(small[0]), -1, -1)
         for i, layer in enumerate(self.layers):
             queries = self.decoder_norm(x)
-            yield queries
+            yield x, queries
             scale = i % self.scales
             x = layer(x, self.query_embed.weight, *memory[scale], self._masks(queries, small[scale]))
-        yield self.decoder_norm(x)
+        yield x, self.decoder_norm(x)
 
     def _frames(self, features: PixelFeatures, clips: int) -> int | None:
         return len(features.masks) // clips if self.joint else None

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -128,17 +129,21 @@ def suppress(masks: Tensor, threshold: float) -> Tensor:
 
     The ratio is rounded to float32, as published: exact ratios such as 3 / 5 occur, and the rounding decides about them.
     """
-    packed = pack_masks(masks)
-    intersection, area, _ = mask_overlap(packed, packed)
-    union = area[:, None] + area - intersection
-    overlaps = (intersection.float() + 1e-6) / (union.float() + 1e-6) > torch.tensor(threshold, dtype=torch.float32)
-    overlaps = overlaps.cpu().numpy()
+    overlaps = overlap_ratios(masks).cpu().numpy() > np.float32(threshold)
     kept = torch.ones(len(masks), dtype=torch.bool)
     alive = kept.numpy()
     for i in range(len(masks)):
         if alive[i]:
             alive[i + 1 :] &= ~overlaps[i, i + 1 :]
     return kept.to(masks.device)
+
+
+def overlap_ratios(masks: Tensor) -> Tensor:
+    """(N, N) float32: intersection over union of masks (N, h, w), bool or logits, both plus 1e-6: 1 for two empty masks."""
+    packed = pack_masks(masks)
+    intersection, area, _ = mask_overlap(packed, packed)
+    union = area[:, None] + area - intersection
+    return (intersection.float() + 1e-6) / (union.float() + 1e-6)
 
 
 def _match(state: TrackerState, embeddings: Tensor, settings: TrackerSettings) -> tuple[Tensor | None, list[int]]:

@@ -15,6 +15,8 @@ from pyvseg.models.ctvis import CTVISSettings
 from pyvseg.models.genvis import GenVISSettings
 from pyvseg.models.kmax import KMaXSettings
 from pyvseg.models.mask2former import Mask2FormerSettings
+from pyvseg.models.tube_link import TubeLinkSettings
+from pyvseg.models.tube_link_panoptic import TubeLinkPanopticSettings
 from pyvseg.models.variant import Variant
 from pyvseg.models.vita import VITASettings
 
@@ -22,9 +24,9 @@ _TELL_TALES = (("video.pre_memory_embed_k.weight", GenVISSettings), ("video.clas
 
 
 def fitting(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[str]:
-    """Names of the variants whose system, backbone, queries and classes are those of `weights`: of the families of Mask2Former and of
-    kMaX-DeepLab. An image model and a video model of the latter have the same weights."""
-    return _fitting_mask2former(weights, variants) or _fitting_kmax(weights, variants)
+    """Names of the variants whose system, backbone, queries and classes are those of `weights`: of the families of Mask2Former, of
+    kMaX-DeepLab and of Tube-Link. An image model and a video model of the latter have the same weights."""
+    return _fitting_mask2former(weights, variants) or _fitting_kmax(weights, variants) or _fitting_tube_link(weights, variants)
 
 
 def _fitting_kmax(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[str]:
@@ -45,6 +47,16 @@ def _fitting_mask2former(weights: Mapping[str, Tensor], variants: Iterable[Varia
     kind = next((kind for key, kind in _TELL_TALES if key in state), Mask2FormerSettings)
     found = (kind, len(classes) - 1, len(queries), _backbone(state))
     return [v.name for v in variants if (s := v.settings) and found == (type(s), getattr(s, "classes", 0), getattr(s, "queries", 0), _sizes(s))]
+
+
+def _fitting_tube_link(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[str]:
+    state = map_keys(weights, key_maps.TUBE_LINK)
+    classes, queries = state.get("decoder.class_embed.bias"), state.get("decoder.query_feat.weight")
+    if classes is None or queries is None:
+        return []
+    found = ("linker.norm.weight" in state, len(classes) - 1, len(queries), _backbone(state))
+    tubes = [v for v in variants if isinstance(v.settings, TubeLinkSettings)]
+    return [v.name for v in tubes if found == (isinstance(v.settings, TubeLinkPanopticSettings), v.settings.classes, v.settings.queries, _sizes(v.settings))]
 
 
 def _sizes(settings) -> tuple | None:

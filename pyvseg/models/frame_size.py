@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvseg.layers.transfer import constant, to_device
+from pyvseg.ops import Resampling
 from pyvseg.video.resize import resize_bilinear
 
 Size = tuple[int, int]
@@ -41,13 +42,16 @@ class FrameSize:
     def input(self, images: Sequence[np.ndarray] | np.ndarray, mean: tuple, std: tuple, device: torch.device | str = "cpu") -> Tensor:
         """T images, uint8 RGB (H, W, 3) -> normalised, padded network input (T, 3, h, w), float32, channels last in memory."""
         device = torch.device(device)
-        x = to_device(images, device)
-        if self.resized != self.source:
-            x = resize_bilinear(x, self.resized)
-        x = x.permute(0, 3, 1, 2).float()
+        x = self.resize(to_device(images, device))
         x = (x - constant(tuple(mean), device).view(3, 1, 1)) / constant(tuple(std), device).view(3, 1, 1)
         padding = (0, self.padded[1] - self.resized[1], 0, self.padded[0] - self.resized[0])
         return F.pad(x, padding).contiguous(memory_format=torch.channels_last)
+
+    def resize(self, images: Tensor) -> Tensor:
+        """uint8 (T, H, W, 3) -> float32 (T, 3, *resized)."""
+        if self.resized != self.source:
+            images = resize_bilinear(images, self.resized)
+        return images.permute(0, 3, 1, 2).float()
 
     def upsample(self, logits: Tensor) -> Tensor:
         """Stride-4 mask logits (N, T, h, w) -> logits over the resized frame (N, T, *resized): up to the padded size, then cut."""
@@ -59,3 +63,19 @@ class FrameSize:
         if self.resized == self.source:
             return logits
         return F.interpolate(logits, self.source, mode="bilinear", align_corners=False)
+
+    def to_full(self, cells: Size) -> tuple[Resampling, Resampling]:
+        """`upsample` and `to_source` along rows and along columns, for `mask_bands`; `cells` are those of the stride-4 logits."""
+        sizes = zip(cells, self.padded, self.resized, self.source)
+        return tuple(
+            Resampling.bilinear(cell, padded, False).cut(resized).then(Resampling.bilinear(resized, source, False))
+            for cell, padded, resized, source in sizes
+        )
+
+
+class FloatFrameSize(FrameSize):
+    """Frames are resized as mmdetection does where it loads them as float: bilinear, neither antialiased nor rounded."""
+
+    def resize(self, images: Tensor) -> Tensor:
+        x = images.permute(0, 3, 1, 2).float()
+        return x if self.resized == self.source else F.interpolate(x, self.resized, mode="bilinear", align_corners=False)

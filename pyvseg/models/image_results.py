@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyvseg.ops import Resampling, mask_bands
+
 
 class Segment(NamedTuple):
     """One entry of a panoptic result."""
@@ -28,6 +30,12 @@ class Instances(NamedTuple):
 def semantic(logits: Tensor, masks: Tensor) -> Tensor:
     """logits (Q, K + 1), masks (Q, H, W) logits -> (K, H, W) class scores; their argmax is the label map."""
     return torch.einsum("qk,qhw->khw", logits.softmax(-1)[:, :-1], masks.sigmoid())
+
+
+def semantic_labels(probabilities: Tensor, masks: Tensor, rows: Resampling, columns: Resampling) -> Tensor:
+    """The same for probabilities (Q, K) and stride-4 masks (Q, h, w): the label map int64 (H, W), some rows at a time."""
+    bands = (torch.einsum("qk,qhw->khw", probabilities, band.sigmoid()).argmax(0) for _, band in mask_bands(masks, rows, columns))
+    return torch.cat(list(bands))
 
 
 def panoptic(

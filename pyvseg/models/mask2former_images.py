@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from pyvseg.models.frame_size import FrameSize
-from pyvseg.models.image_results import Instances, Segment, best_pairs, inside_and_quality, panoptic, ranked
+from pyvseg.models.image_results import Instances, Segment, best_pairs, inside_and_quality, panoptic, ranked, semantic_labels
 from pyvseg.models.mask2former import Mask2Former
 from pyvseg.models.minvis import MinVIS
 from pyvseg.models.panoptic_frames import FrameByFrame
 from pyvseg.models.video_instances import CHUNK_BYTES
-from pyvseg.ops import Resampling, mask_bands
 
 
 class Mask2FormerImages(Mask2Former):
@@ -24,13 +23,7 @@ class Mask2FormerImages(Mask2Former):
     def semantic(self, image: np.ndarray) -> np.ndarray:
         """Classes int64 (H, W)."""
         logits, masks, size = self._predict(image)
-        axes = (
-            Resampling.bilinear(cells, padded, False).cut(resized).then(Resampling.bilinear(resized, source, False))
-            for cells, padded, resized, source in zip(masks.shape[-2:], size.padded, size.resized, size.source)
-        )
-        probabilities = logits.softmax(-1)[:, :-1]
-        bands = (torch.einsum("qk,qhw->khw", probabilities, band.sigmoid()).argmax(0) for _, band in mask_bands(masks, *axes))
-        return torch.cat(list(bands)).cpu().numpy()
+        return semantic_labels(logits.softmax(-1)[:, :-1], masks, *size.to_full(masks.shape[-2:])).cpu().numpy()
 
     @torch.inference_mode()
     def panoptic(self, image: np.ndarray) -> tuple[np.ndarray, list[Segment]]:

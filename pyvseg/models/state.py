@@ -18,7 +18,7 @@ from pyvseg.layers.kmax_decoder import FramePixels, LayerPixels
 from pyvseg.layers.pixel_decoder import PixelFeatures
 from pyvseg.models.ctvis import CTVISState
 from pyvseg.models.ctvis_tracker import Record, Tracklet, TrackerState
-from pyvseg.models.frame_size import FrameSize
+from pyvseg.models.frame_size import FloatFrameSize, FrameSize
 from pyvseg.models.genvis import GenVISState, Prototypes
 from pyvseg.models.kmax_size import KMaXSize
 from pyvseg.models.mask2former_video import ClipState
@@ -26,14 +26,17 @@ from pyvseg.models.minvis import MinVISState
 from pyvseg.models.panoptic_frames import FramesState
 from pyvseg.models.panoptic_linking import LinkState, Remembered
 from pyvseg.models.spool import MaskStore, Spool
+from pyvseg.models.tube_link_instances import TubeLinkInstancesState
+from pyvseg.models.tube_link_maps import TubeMapsState
+from pyvseg.models.tube_link_tracker import TubeTrack, TubeTracks
 from pyvseg.models.video_kmax import VideoKMaXState
 from pyvseg.models.vita import VITAState
 
 _KINDS = {
     kind.__name__: kind
     for kind in (
-        CTVISState, ClipState, FramePixels, FrameSize, FramesState, GenVISState, KMaXSize, LayerPixels, LinkState, MaskStore, MinVISState, PixelFeatures,
-        Prototypes, Record, Remembered, Tracklet, TrackerState, VITAState, VideoKMaXState,
+        CTVISState, ClipState, FloatFrameSize, FramePixels, FrameSize, FramesState, GenVISState, KMaXSize, LayerPixels, LinkState, MaskStore, MinVISState, PixelFeatures,
+        Prototypes, Record, Remembered, Tracklet, TrackerState, TubeLinkInstancesState, TubeMapsState, TubeTrack, TubeTracks, VITAState, VideoKMaXState,
     )
 }  # fmt: skip
 

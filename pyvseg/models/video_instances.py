@@ -21,13 +21,15 @@ CHUNK_BYTES = 64 << 20  # of full-size logits at a time
 
 @dataclass(frozen=True)
 class Track:
-    """One track: its score, class (from 0), the class's name where it is known, the object whose masks it has."""
+    """One track: its score, class (from 0), the class's name where it is known, the object whose masks it has, and in which frames
+    (bool (T,), None: wherever the object is)."""
 
     score: float
     label: int
     category: str
     object_id: int
     segments: Segments
+    visible: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Frames of the video."""
@@ -35,13 +37,16 @@ class Track:
 
     def mask(self, frame: int) -> np.ndarray | None:
         """bool (H, W), None where the track is not in the frame."""
-        rle = self.segments.at(self.object_id, frame)
+        rle = self._at(frame)
         return None if rle is None else decode_rle(rle, self.segments.size, "segment")
 
     @property
     def rle(self) -> list[dict | None]:
         """COCO RLE per frame, None where the track is not in the frame."""
-        return self.segments[self.object_id]
+        return [self._at(t) for t in range(len(self))]
+
+    def _at(self, frame: int) -> dict | None:
+        return self.segments.at(self.object_id, frame) if self.visible is None or self.visible[frame] else None
 
     @property
     def masks(self) -> np.ndarray:
@@ -60,6 +65,7 @@ class VideoInstances:
     objects   (N,) int64; tracks of one object with several classes share its masks
     segments  COCO RLE of the objects
     classes   names of the classes, where they are known
+    visible   (N, T) bool, frames where a track has its object's mask; None: in all
     """
 
     size: tuple[int, int]
@@ -68,6 +74,7 @@ class VideoInstances:
     objects: np.ndarray
     segments: Segments
     classes: tuple[str, ...] = ()
+    visible: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -75,7 +82,8 @@ class VideoInstances:
     def __getitem__(self, track: int) -> Track:
         label = int(self.labels[track])
         category = self.classes[label] if label < len(self.classes) else ""
-        return Track(float(self.scores[track]), label, category, int(self.objects[track]), self.segments)
+        visible = None if self.visible is None else self.visible[track]
+        return Track(float(self.scores[track]), label, category, int(self.objects[track]), self.segments, visible)
 
     def __iter__(self) -> Iterator[Track]:
         return (self[i] for i in range(len(self)))

@@ -16,7 +16,7 @@ from pyvseg.checkpoints import key_maps
 from pyvseg.errors import CheckpointError, PyvsegError
 from pyvseg.layers.inference import for_inference
 from pyvseg.layers.normed import linear_weights
-from pyvseg.models import fitting, zoo_instances, zoo_panoptic
+from pyvseg.models import fitting, zoo_instances, zoo_panoptic, zoo_tube_link
 from pyvseg.models.ctvis import CTVIS
 from pyvseg.models.genvis import GenVIS
 from pyvseg.models.kmax_images import KMaXImages
@@ -24,6 +24,10 @@ from pyvseg.models.mask2former_images import Mask2FormerInstances, Mask2FormerPa
 from pyvseg.models.mask2former_video import Mask2FormerVideo
 from pyvseg.models.minvis import MinVIS
 from pyvseg.models.stcn import STCN, STCNSettings
+from pyvseg.models.tube_link import mmdet_swin
+from pyvseg.models.tube_link_instances import TubeLinkInstances
+from pyvseg.models.tube_link_panoptic import TubeLinkPanoptic
+from pyvseg.models.tube_link_semantic import TubeLinkSemantic
 from pyvseg.models.variant import Variant
 from pyvseg.models.video_kmax import VideoKMaX
 from pyvseg.models.vita import VITA
@@ -59,6 +63,7 @@ ZOO = {
         ),
         *zoo_instances.variants(),
         *zoo_panoptic.variants(),
+        *zoo_tube_link.variants(),
     )
 }  # fmt: skip
 
@@ -96,7 +101,10 @@ SYSTEMS = {"stcn": _VOS, "pcvos": _VOS} | {
     for name, network in {
         "mask2former": Mask2FormerInstances, "mask2former_panoptic": Mask2FormerPanoptic, "mask2former_video": Mask2FormerVideo, "minvis": MinVIS, "ctvis": CTVIS, "vita": VITA, "genvis": GenVIS,
     }.items()
-} | {name: System(network, key_maps.KMAX, key_maps.KMAX_IGNORED, linear_weights) for name, network in {"kmax": KMaXImages, "video_kmax": VideoKMaX}.items()}  # fmt: skip
+} | {name: System(network, key_maps.KMAX, key_maps.KMAX_IGNORED, linear_weights) for name, network in {"kmax": KMaXImages, "video_kmax": VideoKMaX}.items()} | {
+    name: System(network, key_maps.TUBE_LINK, key_maps.TUBE_LINK_IGNORED, mmdet_swin)
+    for name, network in {"tube_link": TubeLinkInstances, "tube_link_panoptic": TubeLinkPanoptic, "tube_link_semantic": TubeLinkSemantic}.items()
+}  # fmt: skip
 
 
 def build(settings, weights: dict[str, Tensor], *, name: str, system: str = "stcn") -> nn.Module:

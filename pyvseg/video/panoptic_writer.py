@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pyvseg.video.panoptic import STEP_VOID, write_ids, write_step
+from pyvseg.video.png import write_labels
 from pyvseg.video.types import FrameResult
 from pyvseg.video.writer import OverlayWriter, output_errors
 
@@ -82,6 +83,19 @@ class StepPngWriter(PanopticPngWriter):
         path = self.folder / f"{result.name}.png"
         with output_errors(path):
             write_step(path, category, np.where(is_thing, instance, 0))
+
+
+class SemanticPngWriter(PanopticPngWriter):
+    """The classes alone in the form of VSPW: one channel, class + 1, 0 = void."""
+
+    def __init__(self, folder: Path, classes: PanopticClasses) -> None:
+        super().__init__(folder)
+        self.classes = classes
+
+    def write(self, result: PanopticResult) -> None:
+        path = self.folder / f"{result.name}.png"
+        with output_errors(path):
+            write_labels(path, np.where(result.values > 0, result.values // self.classes.divisor + 1, 0).astype(np.uint8))
 
 
 class PanopticJsonWriter:

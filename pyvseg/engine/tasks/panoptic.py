@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Video panoptic segmentation, written as it comes: OUT/pan_pred/VIDEO/FRAME.png with OUT/pred.json, as VIPSeg's results are,
-OUT/step/VIDEO/FRAME.png, as KITTI-STEP's are, and OUT/overlay.mp4 or OUT/overlays/VIDEO.mp4.
+OUT/step/VIDEO/FRAME.png, as KITTI-STEP's are, and OUT/overlay.mp4 or OUT/overlays/VIDEO.mp4. Models that know no things, for semantic
+segmentation, give OUT/semantic/VIDEO/FRAME.png too, as VSPW's results are.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pyvseg.models.state import load_state, save_state
 from pyvseg.models.video_kmax import VideoKMaX
 from pyvseg.video.panoptic import read_ids
 from pyvseg.video.panoptic_writer import (
-    PanopticClasses, PanopticJsonWriter, PanopticOverlayWriter, PanopticPngWriter, PanopticResult, StepPngWriter, join_panoptic,
+    PanopticClasses, PanopticJsonWriter, PanopticOverlayWriter, PanopticPngWriter, PanopticResult, SemanticPngWriter, StepPngWriter,
+    join_panoptic,
 )  # fmt: skip
 from pyvseg.video.reader import open_video
 from pyvseg.video.types import Frame
@@ -44,7 +46,8 @@ class Panoptic:
         network, at_once = recipe.network()
         settings = recipe.settings() | {"device": str(network.device)}
         if hasattr(network.settings, "clip_length"):
-            network.settings = replace(network.settings, clip_length=settings["clip_length"])
+            chosen = {name: settings[name] for name in ("clip_length", "compat") if name in settings}
+            network.settings = replace(network.settings, **chosen)
         elif settings["clip_length"] > 1:
             raise PyvsegError(f"--clip-length {recipe.clip_length}: {recipe.model} takes every frame by itself; leave it out")
         return cls(network, recipe.model, zoo.variant(recipe.model).classes, settings, recipe.results, at_once)
@@ -68,6 +71,7 @@ class Panoptic:
     def targets(self, out: Path, name: str, single: bool) -> Targets:
         files = {
             "overlay.mp4": out / "overlay.mp4" if single else out / "overlays" / f"{name}.mp4", f"step/{name}": out / "step" / name,
+            f"semantic/{name}": out / "semantic" / name,
             f"pan_pred/{name}": out / "pan_pred" / name, "segments.json": out / "segments" / f"{name}.json",
         }  # fmt: skip
         return Targets(out, out / UNFINISHED / name, files)
@@ -82,6 +86,7 @@ class Panoptic:
         join_panoptic([each.files["segments.json"] for each in targets], out / "pred.json", self.classes)
         lines = [("overlay video", str(out / ("overlay.mp4" if single else "overlays")))] if self.results.overlay else []
         lines += [("panoptic PNGs", f"{out / 'pan_pred'}, classes and ids in {out / 'pred.json'}")]
+        lines += [("label PNGs", f"{out / 'semantic'}, class + 1")] if not self.classes.things else []
         return lines + ([("STEP PNGs", str(out / "step"))] if self.results.step_pngs else [])
 
 
@@ -94,6 +99,7 @@ class PanopticLane(Lane):
         work, results, classes = self.targets.work, self.task.results, self.classes
         writers = [PanopticPngWriter(work / "pan_pred" / self.name), PanopticJsonWriter(work / "segments.json", self.name, classes)]
         writers += [StepPngWriter(work / "step" / self.name, classes)] if results.step_pngs else []
+        writers += [SemanticPngWriter(work / "semantic" / self.name, classes)] if not classes.things else []
         writers += [PanopticOverlayWriter(work / "overlay.mp4", self.video.size, self.video.fps, classes)] if results.overlay else []
         self.output.writers += writers
         self.segmentation = PanopticSegmentation(self.task.network, load_state(saved, self.task.network.device) if saved else None)

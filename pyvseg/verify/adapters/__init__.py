@@ -26,6 +26,7 @@ from pyvseg.verify.adapters import (
     ops_ms_deform_attn,
     pcvos,
     stcn,
+    tube_link,
     video_kmax,
     vita,
 )
@@ -48,6 +49,7 @@ ADAPTERS = {
     "ops": ops_ms_deform_attn.run,  # so says the case ops-ms_deform_attn
     "pcvos": pcvos.run,
     "stcn": stcn.run,
+    "tube_link": tube_link.run,
     "video_kmax": video_kmax.run,
     "vita": vita.run_vita,
 }
