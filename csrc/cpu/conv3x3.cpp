@@ -5,6 +5,7 @@
 //
 // Tiles are taken in blocks whose transformed inputs V stay in the last-level cache. Each task then multiplies one block
 // by one panel of output channels, at all 36 frequencies, into M, which stays in its core's L2, and transforms M back.
+// With few channels weights and V have room in L2 too: then a task is all of a small block, and nobody waits for others.
 //   V  [36] [groups] [inputs / 16] [group rows] [16]   a group is as many tiles as the register tile has rows
 //   U  [panels] [36] [inputs] [32]                     the weights, from pyvseg.ops.conv3x3_weight
 //   M  [tiles] [36] [32]
@@ -106,6 +107,7 @@ void transform_inputs(const Problem& p, const Block& block, int64_t begin, int64
       vfloat rows[kPatch][kPatch], d[kPatch], r[kPatch];
       for (int j = 0; j < kPatch; ++j) {
         for (int i = 0; i < kPatch; ++i) {
+          if (j >= kPatch - kTile && pixels[i][j]) __builtin_prefetch(pixels[i][j] + kTile * p.x.column + c);  // of the next tile
           d[i] = pixels[i][j] ? load_some(pixels[i][j] + c, p.inputs - c) : zero;
           if (p.relu_input) d[i] = d[i] < zero ? zero : d[i];
         }
@@ -121,34 +123,35 @@ void transform_inputs(const Problem& p, const Block& block, int64_t begin, int64
   }
 }
 
-PYVSEG_INLINE void step(vfloat acc[kGroup][2], const float* v, const float* u) {
-  const vfloat u0 = load(u), u1 = load(u + kLanes);
+template <int N>
+PYVSEG_INLINE void step(vfloat acc[kGroup][N], const float* v, const float* u) {
+  vfloat columns[N];
+  for (int n = 0; n < N; ++n) columns[n] = load(u + n * kLanes);
 #pragma GCC unroll 16
   for (int r = 0; r < kGroup; ++r) {
     const float x = v[r * kChunk];
-    acc[r][0] += x * u0;
-    acc[r][1] += x * u1;
+    for (int n = 0; n < N; ++n) acc[r][n] += x * columns[n];
   }
 }
 
-// The group's rows of V times two vectors of columns of U; meanwhile it fetches `lines` cache lines per chunk of `next`.
+// The group's rows of V times N vectors of columns of U; meanwhile it fetches `lines` cache lines per chunk of `next`.
 // Sums of kRun products are added up in M: one long sum would double the rounding error at 512 channels.
+template <int N>
 void multiply(const float* v, const float* u, int64_t inputs, float* m, const char* next, int64_t lines) {
   for (int64_t first = 0; first < inputs; first += kRun) {
     const int64_t end = smaller(first + kRun, inputs);
-    vfloat acc[kGroup][2] = {};
+    vfloat acc[kGroup][N] = {};
     int64_t c = first;
     for (; c + kChunk <= end; c += kChunk, v += kGroup * kChunk) {
       for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 4
-      for (int i = 0; i < kChunk; ++i, u += kPanel) step(acc, v + i, u);
+      for (int i = 0; i < kChunk; ++i, u += kPanel) step<N>(acc, v + i, u);
     }
-    for (; c < end; ++c, ++v, u += kPanel) step(acc, v, u);
+    for (; c < end; ++c, ++v, u += kPanel) step<N>(acc, v, u);
 #pragma GCC unroll 16
     for (int r = 0; r < kGroup; ++r) {
       float* row = m + r * kFrequencies * kPanel;
-      store(row, first ? load(row) + acc[r][0] : acc[r][0]);
-      store(row + kLanes, first ? load(row + kLanes) + acc[r][1] : acc[r][1]);
+      for (int n = 0; n < N; ++n) store(row + n * kLanes, first ? load(row + n * kLanes) + acc[r][n] : acc[r][n]);
     }
   }
 }
@@ -182,6 +185,7 @@ void transform_outputs(const Problem& p, const Place& at, const float* m, int64_
 
 void multiply_panel(const Problem& p, const Block& block, int64_t panel, float* m) {
   const int64_t groups = (block.count + kGroup - 1) / kGroup, size = p.inputs * kPanel;
+  const int64_t first = panel * kPanel, channels = smaller(kPanel, p.outputs - first);
   // The next frequency's weights come from memory or the last-level cache while this one's are used.
   const int64_t lines = (kChunk * kPanel / 16 + groups - 1) / groups, share = p.inputs / kChunk * lines * 64;
   for (int f = 0; f < kFrequencies; ++f) {
@@ -189,11 +193,13 @@ void multiply_panel(const Problem& p, const Block& block, int64_t panel, float* 
     for (int64_t g = 0; g < groups; ++g) {
       const float* v = block.v + f * block.stride + g * kGroup * padded(p.inputs);
       const char* next = (const char*)(u + size) + g * share;
-      for (int j = 0; j < kPanel; j += 2 * kLanes)
-        multiply(v, u + j, p.inputs, m + (g * kGroup * kFrequencies + f) * kPanel + j, next, j == 0 ? lines : 0);
+      for (int64_t j = 0; j < channels; j += 2 * kLanes) {
+        float* to = m + (g * kGroup * kFrequencies + f) * kPanel + j;
+        const auto kernel = channels - j > kLanes ? multiply<2> : multiply<1>;
+        kernel(v, u + j, p.inputs, to, next, j == 0 ? lines : 0);
+      }
     }
   }
-  const int64_t first = panel * kPanel, channels = smaller(kPanel, p.outputs - first);
   for (int64_t t = 0; t < block.count; ++t)
     transform_outputs(p, place(p, block.first + t), m + t * kFrequencies * kPanel, first, channels);
 }
@@ -222,6 +228,8 @@ namespace {
 constexpr int64_t kBlockTiles = 112;       // 0.5 MiB of M
 constexpr int64_t kBlockFloats = 2200000;  // 8.4 MiB of V
 constexpr int64_t kBlocksAtOnce = 16;      // at most, which bounds the scratch memory
+constexpr int64_t kOwnPairs = 8192;        // pairs of channels up to which the weights, V and M of kOwnTiles go with one core's caches
+constexpr int64_t kOwnTiles = 28;
 constexpr size_t kHugePage = 2 << 20;
 
 // A page fault per 4 KiB of a fresh large buffer would cost as much as filling it.
@@ -267,8 +275,9 @@ struct Step {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rounds of `at_once` blocks of `size` tiles.
+// Rounds of `at_once` blocks of `size` tiles, which all threads share; or, `apart`, blocks that each belong to one of them.
 struct Plan {
+  bool apart;
   int64_t threads, panels, tiles, size, at_once, rounds;
   int64_t v_stride, v_floats, m_floats;  // of a frequency, a block, a thread
 };
@@ -279,9 +288,11 @@ Plan make_plan(const Problem& p, int64_t batch, int64_t group) {
   plan.threads = torch::stable::get_num_threads();
   plan.panels = divide_up(p.outputs, kPanel);
   plan.tiles = batch * p.tile_rows * p.tile_columns;
-  const int64_t blocks = divide_up(plan.tiles, std::clamp(kBlockFloats / (kFrequencies * inputs), group, kBlockTiles));
+  plan.apart = plan.panels * kPanel * inputs <= kOwnPairs && plan.tiles >= 8 * plan.threads * kOwnTiles;
+  const int64_t most = plan.apart ? kOwnTiles : std::clamp(kBlockFloats / (kFrequencies * inputs), group, kBlockTiles);
+  const int64_t blocks = divide_up(plan.tiles, most);
   plan.size = divide_up(divide_up(plan.tiles, blocks), group) * group;
-  plan.at_once = std::min({divide_up(2 * plan.threads, plan.panels), blocks, kBlocksAtOnce});
+  plan.at_once = plan.apart ? plan.threads : std::min({divide_up(2 * plan.threads, plan.panels), blocks, kBlocksAtOnce});
   plan.rounds = divide_up(plan.tiles, plan.at_once * plan.size);
   // A few lines more than needed, so that equal places of V's frequencies do not fall into one set of the caches.
   plan.v_stride = plan.size * inputs + 5 * 16;
@@ -290,12 +301,27 @@ Plan make_plan(const Problem& p, int64_t batch, int64_t group) {
   return plan;
 }
 
+// Every task is a block from its inputs to its outputs.
+void run_apart(const Problem& p, const Plan& plan, const Kernels& k, float* v, float* m) {
+  Step blocks;
+  parallel_for(0, plan.threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread)
+      blocks.share(divide_up(plan.tiles, plan.size), [&](int64_t task) {
+        const int64_t first = task * plan.size;
+        const Block block{first, std::min(plan.size, plan.tiles - first), v + thread * plan.v_floats, plan.v_stride};
+        k.transform_inputs(p, block, 0, block.count);
+        for (int64_t panel = 0; panel < plan.panels; ++panel) k.multiply_panel(p, block, panel, m + thread * plan.m_floats);
+      });
+  });
+}
+
 void run(const Problem& p, int64_t batch) {
   static thread_local Scratch scratch;
   const Kernels& k = kernels();
   const Plan plan = make_plan(p, batch, k.group);
   float* v = scratch.at_least(sizeof(float) * (plan.at_once * plan.v_floats + plan.threads * plan.m_floats));
   float* m = v + plan.at_once * plan.v_floats;
+  if (plan.apart) return run_apart(p, plan, k, v, m);
 
   std::vector<Step> steps(2 * plan.rounds);
   const auto work = [&](int64_t thread) {

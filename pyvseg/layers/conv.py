@@ -53,13 +53,13 @@ class _FastConv(Packed):
             if gelu and residual is not None:
                 return F.gelu(packed_conv(self.conv, prepared, x, residual))
             return packed_conv(self.conv, prepared, x, residual, "gelu" if gelu else "relu" if relu else "none")
-        y = self.conv(x) if way is None else _sum_of_taps(x, prepared, self.conv.bias)
+        y = self.conv(x) if way is None else _sum_of_taps(prepared(x), self.conv.bias)
         y = y if residual is None else y.add_(residual)
         return _activated(y, relu, gelu)
 
     def _prepare(self, way: str | None, x: Tensor) -> object:
         if way == "taps":
-            return _tap_weight(self.conv.weight)
+            return _FastConv(_tap_conv(self.conv.weight))
         if way == "winograd":
             return conv3x3_weight(self.conv.weight)
         if way == "packed":
@@ -74,9 +74,9 @@ class _FastConv(Packed):
         positions = x.shape[0] * x.shape[2] * x.shape[3]
         if positions < 64 or not _is_plain(conv):
             return "packed"
-        if x.dtype == torch.float32 and conv.out_channels <= FEW_OUTPUTS and conv.in_channels >= 64:
+        if x.dtype == torch.float32 and conv.out_channels <= FEW_OUTPUTS and conv.in_channels >= 32:
             return "taps"
-        least = 32 if x.dtype == torch.float32 else MANY_CHANNELS
+        least = 24 if x.dtype == torch.float32 else MANY_CHANNELS
         if min(conv.in_channels, conv.out_channels) < least or choose("conv3x3", "auto", x, slower="3 times") != "cpu":
             return "packed"
         return "winograd"
@@ -91,12 +91,14 @@ def _is_plain(conv: nn.Conv2d) -> bool:
     return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 
-def _tap_weight(weight: Tensor) -> Tensor:
-    """(O, I, 3, 3) -> (9 O, I, 1, 1): the kernel's nine taps as outputs, mirrored, for `_sum_of_taps`."""
-    return weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, weight.shape[1], 1, 1)
+def _tap_conv(weight: Tensor) -> nn.Conv2d:
+    """Of a kernel (O, I, 3, 3): a 1x1 convolution whose 9 O outputs are its taps, mirrored, for `_sum_of_taps`."""
+    taps = nn.Conv2d(weight.shape[1], 9 * weight.shape[0], 1, bias=False, device="meta")
+    taps.weight = nn.Parameter(weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, weight.shape[1], 1, 1), requires_grad=False)
+    return taps
 
 
-def _sum_of_taps(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-    """Every input position adds its nine products to the outputs around it. Reads x once instead of nine times."""
-    y = F.fold(F.conv2d(x, taps).flatten(2), x.shape[2:], kernel_size=3, padding=1)
+def _sum_of_taps(products: Tensor, bias: Tensor | None) -> Tensor:
+    """Every input position adds its nine products to the outputs around it: the input is read once instead of nine times."""
+    y = F.fold(products.flatten(2), products.shape[2:], kernel_size=3, padding=1)
     return y if bias is None else y.add_(bias[:, None, None])

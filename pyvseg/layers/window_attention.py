@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyvseg.layers.packed import Linear
 from pyvseg.layers.transfer import made_once
 
 Sizes = tuple[int, int, int]
@@ -130,7 +131,12 @@ class RefinementBlock(nn.Module):
         windows = partition(self.norm1_v(values).flatten(0, 1), window, shift)
         windows = self.attn(attention, windows.unflatten(0, (b, o)))
         values = values + merge(windows.flatten(0, 1), grid, window, shift).unflatten(0, (b, o))
-        return values + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(values))))
+        return values + self.mlp.fc2(_gelu(self.mlp.fc1, self.norm2(values)))
+
+
+def _gelu(linear: nn.Module, x: Tensor) -> Tensor:
+    """In the same pass where the layer can."""
+    return linear(x, gelu=True) if isinstance(linear, Linear) else F.gelu(linear(x))
 
 
 class IntraClipRefinement(nn.Module):

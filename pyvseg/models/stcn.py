@@ -22,9 +22,8 @@ from pyvseg.models.vos import VOSState
 
 # Within a clip every fifth frame becomes temporary memory for the later ones (progressive matching); fixed in the published model.
 PROGRESSIVE_STEP = 5
-# Frames pass through the convolutions a few at a time. On a CPU their largest map stays below what the allocator
-# reuses: larger ones come fresh from the kernel, and clearing their pages costs a quarter of the time.
-_CPU_MAP_BYTES, _GPU_FRAMES = 32 << 20, 8
+# Frames pass through the convolutions a few at a time: on a CPU so many that their largest maps stay in the last-level cache.
+_CPU_MAP_BYTES, _GPU_FRAMES = 6 << 20, 8
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,21 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.45) -
     image uint8 (H, W, 3) RGB and labels uint8 (H, W) -> uint8 (H, W, 3) RGB, a new array. An object keeps its colour
     through the whole video because the colour depends on its id alone.
     """
-    colours = cv2.LUT(cv2.merge([labels, labels, labels]), _LUT)
-    drawn = image.copy()
-    cv2.copyTo(cv2.addWeighted(image, 1 - opacity, colours, opacity, 0), labels, drawn)
     thickness = 3 if min(labels.shape) < 720 else 5
+    drawn, box = image.copy(), _box(labels, thickness)
+    image, labels, inside = image[box], labels[box], drawn[box]
+    colours = cv2.LUT(cv2.merge([labels, labels, labels]), _LUT)
+    cv2.copyTo(cv2.addWeighted(image, 1 - opacity, colours, opacity, 0), labels, inside)
     inner = cv2.erode(labels, np.ones((thickness, thickness), np.uint8))  # the smallest id nearby: another than the label only inside, near a border
     border = cv2.compare(inner, labels, cv2.CMP_NE)
-    cv2.copyTo(cv2.addWeighted(colours, 0.75, colours, 0, 64), border, drawn)
+    cv2.copyTo(cv2.addWeighted(colours, 0.75, colours, 0, 64), border, inside)
     return drawn
+
+
+def _box(labels: np.ndarray, margin: int) -> tuple[slice, slice]:
+    """Rows and columns that hold every object and so many pixels around; at least one of each."""
+    left, top, width, height = cv2.boundingRect(labels)
+    return slice(max(top - margin, 0), top + height + margin), slice(max(left - margin, 0), left + width + margin)
 
 
 def draw_captions(image: np.ndarray, labels: np.ndarray, captions: dict[int, str]) -> None:

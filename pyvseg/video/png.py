@@ -99,7 +99,13 @@ def _encode(image: np.ndarray, colour: int, before: bytes = b"") -> bytes:
     rows = np.zeros((height, image[0].size + 1), np.uint8)  # column 0 is the filter type of the row: 0, none
     rows[:, 1:] = image.reshape(height, -1)
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
-    return _SIGNATURE + header + before + _chunk(b"IDAT", zlib.compress(rows, 6)) + _chunk(b"IEND", b"")
+    return _SIGNATURE + header + before + _chunk(b"IDAT", _deflate(rows, runs=colour == 3)) + _chunk(b"IEND", b"")
+
+
+def _deflate(rows: np.ndarray, runs: bool) -> bytes:
+    """`runs`: looks for nothing but repeated bytes, which of labels are most: twice as fast, and no longer."""
+    compressor = zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE if runs else zlib.Z_DEFAULT_STRATEGY)
+    return compressor.compress(rows) + compressor.flush()
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

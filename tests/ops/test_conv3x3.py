@@ -113,9 +113,10 @@ def test_nan_goes_through_the_activation(backend):
 
 
 @pytest.mark.skipif(extension is None, reason="extension not built")
-def test_many_blocks_and_threads_give_the_same():
-    """More tiles than a block holds, and results that do not depend on how threads share the work."""
-    x, weight, bias, residual = inputs(2, 130, 70, 50, 61)
+@pytest.mark.parametrize("shape", [(2, 130, 70, 50, 61), (1, 24, 45, 89, 130)])
+def test_many_blocks_and_threads_give_the_same(shape):
+    """More tiles than a block holds, and results that do not depend on how threads share the work: blocks of all, or of each."""
+    x, weight, bias, residual = inputs(*shape)
     prepared, threads = conv3x3_weight(weight), torch.get_num_threads()
     results = []
     try:
