@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import tyro
 
 from pyvseg.engine.recipe import Recipe
+from pyvseg.engine.trace import STAGES
 from pyvseg.errors import PyvsegError
+
+_SHOWN = 20  # lines of a kind in the report; the manifest has all
 
 
 @dataclass
@@ -30,8 +34,8 @@ class Batch:
     """
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Videos, folders of videos or images, DAVIS/YouTube-VOS folders, patterns in quotes ('a/**/*.mp4'), and .txt lists: one path in
-    each line, relative to the list, and a tab and the path of its masks if you like."""
+    """Videos, folders of videos or images, DAVIS, YouTube-VOS, YouTube-VIS and OVIS folders, patterns in quotes ('a/**/*.mp4'), and .txt lists:
+    one path in each line, relative to the list, and a tab and the path of its masks if you like."""
     recipe: Recipe = field(default_factory=Recipe)
     masks: Path | None = None
     """Folder with NAME.png, NAME.json or NAME/ for the video called NAME: what to follow. For models that need masks."""
@@ -60,11 +64,12 @@ def batch(options: Batch) -> int:
     from pyvseg.engine.allocator import keep_freed_memory
     from pyvseg.engine.batch import batch as run_batch
     from pyvseg.engine.inputs import find_inputs
+    from pyvseg.engine.jobs import find_videos
 
     recipe = replace(options.recipe, weights=options.recipe.weights and options.recipe.weights.absolute())  # other machines may look for it
     if not recipe.needs_masks and options.masks is not None:
         raise PyvsegError(f"{recipe.model} finds the objects itself; leave --masks out")
-    jobs, remarks = find_inputs(list(options.inputs), options.masks, recipe.needs_masks)
+    jobs, remarks = find_inputs(list(options.inputs), options.masks, recipe.needs_masks, partial(find_videos, classes=recipe.classes, model=recipe.model))
     for remark in remarks:
         print(f"pyvseg: {remark}", file=sys.stderr)
     keep_freed_memory()
@@ -100,16 +105,25 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _print(report) -> None:
-    for remark in report.remarks:
+    for remark in report.remarks[:_SHOWN]:
         print(f"pyvseg: {remark}", file=sys.stderr)
-    for outcome in report.failed:
+    for outcome in report.failed[:_SHOWN]:
         print(f"pyvseg: failed: {outcome.reason}", file=sys.stderr)
     before = f", {report.before} before" if report.before else ""
     print(f"{report.done} videos done{before}   {report.out}")
     if report.failed or report.skipped:
         again = f", {len(report.skipped)} before (--retry-failed tries them again)" if report.skipped else ""
         print(f"{len(report.failed)} failed{again}; reasons in {report.out}/manifest*.jsonl", file=sys.stderr)
+        for reason, count in report.reasons()[:_SHOWN] if len(report.failed) > _SHOWN or report.skipped else ():
+            print(f"{count:6} x {reason}", file=sys.stderr)
     if report.frames:
         print(f"{report.frames} frames in {report.seconds:.1f} s: {report.fps:.1f} frames per second, reading and writing included")
     if report.busy:
-        print("busy: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in report.busy.items()))
+        print("busy: " + _busy(report.busy))
+
+
+def _busy(shares: dict[str, float]) -> str:
+    """Stages that work at the same time, each as a share of the wall time; in brackets what the model's time went into."""
+    told = {name: f"{name} {100 * share:.0f} %" for name, share in shares.items()}
+    parts = ", ".join(told[name] for name in sorted(told, key=shares.get, reverse=True) if name not in STAGES)
+    return ", ".join(told[name] + (f" ({parts})" if parts and name == "model" else "") for name in STAGES if name in told)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from pyvseg.engine.inputs import same_place
 from pyvseg.engine.jobs import Job
 from pyvseg.engine.lanes import drive
 from pyvseg.engine.manifest import Manifest, Outcome
@@ -21,6 +24,7 @@ from pyvseg.engine.pipeline import stop_on_interrupt
 from pyvseg.engine.task import Lane, Session, Task
 from pyvseg.engine.trace import recording
 from pyvseg.errors import OutputError, PyvsegError
+from pyvseg.video.writer import output_errors
 
 
 class Recipe(Protocol):
@@ -47,6 +51,10 @@ class Report:
     seconds: float = 0.0
     busy: dict[str, float] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+
+    def reasons(self) -> list[tuple[str, int]]:
+        """Why videos failed, now or before, without their names; the most frequent reason first."""
+        return Counter(_kind(outcome) for outcome in (*self.failed, *self.skipped)).most_common()
 
     @property
     def fps(self) -> float:
@@ -80,10 +88,10 @@ def batch(
     Raises OutputError where results of other settings lie or nothing can be written, Interrupted after Ctrl-C.
     """
     out, (i, n) = Path(out), shard
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; choose another --out folder")
-    if out.is_dir() and not overwrite and any(out.iterdir()) and not any(out.glob("manifest*.jsonl")):
-        raise OutputError(f"{out} already holds other files; choose another --out, or write among them with --overwrite")
+    _check_out(out, overwrite)
+    if profile is not None:
+        with output_errors(profile), open(profile, "a"):  # rather now than after the last video
+            pass
     manifest = Manifest(out, recipe.settings(), part="" if n == 1 else f"-{i}-of-{n}", overwrite=overwrite)
     try:
         mine = jobs[i - 1 :: n]
@@ -100,14 +108,22 @@ def batch(
         manifest.close()
 
 
+def _check_out(out: Path, overwrite: bool) -> None:
+    with output_errors(out):
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out} is a file; choose another --out folder")
+        if out.is_dir() and not overwrite and any(out.iterdir()) and not any(out.glob("manifest*.jsonl")):
+            raise OutputError(f"{out} already holds other files; choose another --out, or write among them with --overwrite")
+
+
 def _remaining(jobs: list[Job], manifest: Manifest, report: Report, retry_failed: bool) -> list[Job]:
     if manifest.damaged:
         report.remarks.append(f"{manifest.path.parent}: {manifest.damaged} damaged lines in the manifest; their videos run again")
     todo = []
     for job in jobs:
         known = manifest.outcomes.get(job.name)
-        if known is not None and known.source != str(job.video):
-            raise PyvsegError(f"{report.out / job.name} is of {known.source}; {job.video} would replace it: rename it, choose another --out, or use --overwrite")
+        if known is not None and not known.reason and not same_place(known.source, job.source):
+            raise PyvsegError(f"{report.out / job.name} is of {known.source}; {job.source} would replace it: rename it, choose another --out, or use --overwrite")
         if known is not None and known.reason and not retry_failed:
             report.skipped.append(known)
         elif known is not None and not known.reason and (report.out / job.name).is_dir():
@@ -119,7 +135,7 @@ def _remaining(jobs: list[Job], manifest: Manifest, report: Report, retry_failed
 
 def _run(todo: list[Job], recipe: Recipe, report: Report, manifest: Manifest, execute: Execute, stop: Event, progress: bool) -> None:
     started = time.perf_counter()
-    with tqdm(total=report.videos, initial=report.before, unit=" videos", leave=False, disable=None if progress else True) as bar:
+    with tqdm(total=report.videos - len(report.skipped), initial=report.before, unit=" videos", leave=False, disable=None if progress else True) as bar:
 
         def tell(outcome: Outcome) -> None:
             manifest.add(outcome)
@@ -134,6 +150,8 @@ def _run(todo: list[Job], recipe: Recipe, report: Report, manifest: Manifest, ex
 
         try:
             report.busy = execute(todo, recipe, report.out, stop, tell) if todo else {}
+            if stop.is_set() and report.done + len(report.failed) < len(todo):
+                raise KeyboardInterrupt
         except OutputError as error:
             raise OutputError(f"{error}; {_kept(report)}, the same command goes on when that is mended") from None
         except KeyboardInterrupt:
@@ -145,8 +163,9 @@ def _run(todo: list[Job], recipe: Recipe, report: Report, manifest: Manifest, ex
 
 
 def _kept(report: Report) -> str:
-    finished = report.before + report.done
-    return f"{finished} of {report.videos} videos are finished and kept, {report.videos - finished - len(report.failed) - len(report.skipped)} remain"
+    finished, failed = report.before + report.done, len(report.failed) + len(report.skipped)
+    noted = f", {failed} failed" if failed else ""
+    return f"{finished} of {report.videos} videos are finished and kept{noted}, {report.videos - finished - failed} remain"
 
 
 def _here(jobs: list[Job], recipe: Recipe, out: Path, stop: Event, tell: Callable[[Outcome], None]) -> dict[str, float]:
@@ -156,27 +175,29 @@ def _here(jobs: list[Job], recipe: Recipe, out: Path, stop: Event, tell: Callabl
 def segment(jobs: Iterable[Job], task: Task, out: Path, stop: Event, tell: Callable[[Outcome], None]) -> dict[str, float]:
     """Runs the jobs in this process; returns busy shares. Raises OutputError where nothing can be written: that concerns every video."""
     session = Session(stop, resume=True, decoder=task.settings.get("decoder", "cpu"))
-    begun: dict[str, tuple[float, Lane | None]] = {}
+    lanes: dict[str, Lane] = {}
 
     def make(job: Job) -> Lane:
-        start = time.perf_counter()
-        begun[job.name] = start, None
-        lane = task.lane(session, job, Targets(out, out / UNFINISHED / job.name, {}, out / job.name))
-        begun[job.name] = start, lane
+        lanes[job.name] = lane = task.lane(session, job, Targets(out, out / UNFINISHED / job.name, {}, out / job.name))
         return lane
 
     def ended(job: Job, error: Exception | None) -> None:
         if isinstance(error, OutputError):
             raise error
-        start, lane = begun.pop(job.name)
-        frames = 0 if lane is None else lane.done - lane.first
-        note = "" if lane is None else lane.note
-        tell(Outcome(job.name, str(job.video), error and _reason(error), frames, round(time.perf_counter() - start, 3), note))
+        lane = lanes.pop(job.name, None)
+        begun = () if lane is None else (lane.done - lane.first, lane.seconds, lane.note)
+        tell(Outcome(job.name, job.source, error and _reason(error), *begun))
 
     with recording() as recorder:
         recorder.restart()
         drive(jobs, make, task.together, ended, at_once=task.at_once, stop=stop)
         return recorder.shares()
+
+
+def _kind(outcome: Outcome) -> str:
+    """What is left of the reason without what only this video has: paths and numbers."""
+    words = outcome.reason.replace(outcome.source, "").strip(": ").split()
+    return re.sub(r"\d+", "N", " ".join("..." if "/" in word else word for word in words))
 
 
 def _reason(error: Exception) -> str:

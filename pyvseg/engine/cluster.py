@@ -56,9 +56,7 @@ class Cluster:
         finally:
             for each in under_way:
                 ray.cancel(each, force=True)
-        if stop.is_set():
-            raise KeyboardInterrupt
-        return {name: seconds / spent for name, seconds in busy.items()}
+        return {name: seconds / max(spent, 1e-9) for name, seconds in busy.items()}
 
 
 def _connect(address: str):
@@ -90,9 +88,11 @@ def _result(ray, ready, job: Job) -> tuple[Outcome, dict[str, float], list[Span]
     try:
         return ray.get(ready)
     except ray.exceptions.RayTaskError as error:
-        raise type(error.cause)(str(error.cause)) from None if isinstance(error.cause, PyvsegError) else error
+        if isinstance(error.cause, PyvsegError):
+            raise type(error.cause)(str(error.cause)) from None
+        raise
     except ray.exceptions.RayError as error:  # the process or the machine died too often
-        return Outcome(job.name, str(job.video), f"{job.video}: {type(error).__name__}: {str(error).splitlines()[0]}"), {}, []
+        return Outcome(job.name, job.source, f"{job.source}: {type(error).__name__}: {str(error).splitlines()[0]}"), {}, []
 
 
 def _segment(job: Job, recipe, out: Path, cpus: float, keep: bool) -> tuple[Outcome, dict[str, float], list[Span]]:

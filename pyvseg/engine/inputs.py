@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,17 +15,20 @@ from pyvseg.errors import PyvsegError, VideoError
 MASK_SUFFIXES = (".png", ".json", "")  # the last one for a folder
 
 
-def find_inputs(inputs: list[str], masks: Path | None, needs_masks: bool) -> tuple[list[Job], list[str]]:
-    """The videos behind files, folders, glob patterns and list files, in that order, and remarks worth a line each.
+def find_inputs(inputs: list[str], masks: Path | None, needs_masks: bool, find: Callable[[Path], list[Job]] = find_videos) -> tuple[list[Job], list[str]]:
+    """The videos behind files, folders, glob patterns, list files and data sets, in that order, and remarks worth a line each.
 
     A list file (.txt) holds one video in each line, relative to the list's folder; a tab and the path of its masks may follow.
     Empty lines and those that begin with # say nothing. A listed video that is not there is left to fail by itself.
-    masks: a folder with NAME.png, NAME.json or NAME/ for the video called NAME.
+    masks  a folder with NAME.png, NAME.json or NAME/ for the video called NAME
+    find   the videos behind a folder or a JSON
 
     Paths become absolute, so that other machines find them.
     Raises PyvsegError where something cannot be meant: nothing found, or two videos for one name.
     """
-    found = [job for each in inputs for job in _of_input(each, needs_masks)]
+    if not inputs:
+        raise PyvsegError("no inputs; name videos, folders, patterns in quotes or .txt lists")
+    found = [job for each in inputs for job in _of_input(each, needs_masks, find)]
     if masks is not None:
         if not masks.is_dir():
             raise PyvsegError(f"--masks {masks}: no such folder; it should hold NAME.png, NAME.json or NAME/ for each video called NAME")
@@ -38,22 +41,33 @@ def find_inputs(inputs: list[str], masks: Path | None, needs_masks: bool) -> tup
         other = jobs.setdefault(job.name, job)
         if other is job:
             continue
-        if Path(str(other.video)).resolve() != Path(str(job.video)).resolve():
-            raise PyvsegError(f"{other.video} and {job.video} would both write {job.name}; rename one, or run them into two --out folders")
-        remarks.append(f"{job.video}: named twice, run once")
+        if not same_place(other.source, job.source):
+            raise PyvsegError(f"{other.source} and {job.source} would both write {job.name}; rename one, or run them into two --out folders")
+        if str(other.masks) != str(job.masks):
+            raise PyvsegError(f"{job.source}: named twice with different masks, {other.masks} and {job.masks}; take one of them out")
+        remarks.append(f"{job.source}: named twice, run once")
     if UNFINISHED in jobs:
-        raise PyvsegError(f"{jobs[UNFINISHED].video}: results called {UNFINISHED} would mix with the working folder; rename the video")
-    return [replace(job, video=Path(str(job.video)).absolute()) for job in jobs.values()], remarks
+        raise PyvsegError(f"{jobs[UNFINISHED].source}: results called {UNFINISHED} would mix with the working folder; rename the video")
+    return [replace(job, video=_absolute(job.video)) for job in jobs.values()], remarks
 
 
-def _of_input(given: str, needs_masks: bool) -> Iterator[Job]:
+def same_place(first: str, second: str) -> bool:
+    """Whether two paths lead to the same file or folder."""
+    return Path(first).resolve() == Path(second).resolve()
+
+
+def _absolute(video):
+    return [path.absolute() for path in video] if isinstance(video, list) else Path(video).absolute()
+
+
+def _of_input(given: str, needs_masks: bool, find: Callable[[Path], list[Job]]) -> Iterator[Job]:
     path = Path(given)
     if path.suffix == ".txt":
         yield from _listed(path)
     elif needs_masks and path.is_dir() and is_dataset(path):
         yield from find_jobs(path.absolute())[0]
-    elif path.is_dir():
-        yield from (job if job.name else _job(path) for job in find_videos(path)[0])
+    elif path.is_dir() or path.suffix == ".json":
+        yield from (job if job.name else _job(path) for job in find(path))
     elif path.exists():
         yield _job(path)
     elif glob.has_magic(given):
@@ -71,10 +85,10 @@ def _job(path: Path, masks: Path | None = None) -> Job:
 
 def _listed(path: Path) -> Iterator[Job]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` would split at characters that names may have
     except (OSError, UnicodeDecodeError) as error:
         raise PyvsegError(f"list {path}: cannot be read ({getattr(error, 'strerror', None) or 'not a text file'})") from None
-    videos = [line.split("\t") for line in lines if line.strip() and not line.startswith("#")]
+    videos = [line.split("\t") for line in map(str.strip, lines) if line and not line.startswith("#")]
     if not videos:
         raise PyvsegError(f"list {path}: names no video; expected one path in each line")
     for video, *masks in videos:

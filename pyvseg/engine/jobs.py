@@ -24,6 +24,16 @@ class Job:
     size: tuple[int, int] | None = None  # (height, width) that results must have
     categories: tuple[int | None, ...] | None = None  # what results call the model's classes; None: their numbers
 
+    def __post_init__(self) -> None:
+        """The name becomes a folder's or a file's. Raises VideoError where it cannot."""
+        if self.name in (".", "..") or "/" in self.name:
+            raise VideoError(f"{self.video}: results cannot be called {self.name!r}; rename the video")
+
+    @property
+    def source(self) -> str:
+        """Where the video lies, for people and the manifest."""
+        return str(self.video[0].parent if isinstance(self.video, list) else self.video)
+
 
 def is_dataset(source) -> bool:
     return isinstance(source, (str, Path)) and (Path(source) / "JPEGImages").is_dir()
@@ -55,21 +65,22 @@ def find_jobs(root: Path, annotations: str = "auto", sequences: list[str] | None
     return jobs, note
 
 
-def find_videos(source, sequences: list[str] | None = None) -> tuple[list[Job], YouTubeVIS | None]:
+def find_videos(source, sequences: list[str] | None = None, *, classes: tuple[str, ...] = (), model: str = "") -> list[Job]:
     """The videos behind `source`, and the data set if it is one: the JSON or the folder of a YouTube-VIS or OVIS split, a folder
-    with JPEGImages/SEQUENCE, a folder of videos (files, folders of images, or VSPW's VIDEO/origin), or a single video, whose job has no name."""
+    with JPEGImages/SEQUENCE, a folder of videos (files, folders of images, or VSPW's VIDEO/origin), or a single video, whose job has no
+    name. The results of a data set have its categories, by the names of the model's classes."""
     root = Path(source) if isinstance(source, (str, Path)) else None
     if root is None or not (root.suffix == ".json" or root.is_dir()):
-        return [Job("", source)], None
+        return [Job("", source)]
     inside = sorted(path for path in root.iterdir() if not path.name.startswith(".")) if root.is_dir() else []
-    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in inside):
-        return [Job("", source)], None
     clips = [path for path in inside if path.suffix.lower() in VIDEO_SUFFIXES]
+    if sum(path.suffix.lower() in IMAGE_SUFFIXES for path in inside) > len(clips):  # else they are pictures of the videos, one for each
+        return [Job("", source)]
     if not clips and (root.suffix == ".json" or find_document(root)):
         dataset = YouTubeVIS(root)
-        jobs = [Job(v.name, v.files, id=v.id, size=v.size) for v in dataset.videos]
+        numbers = dataset.category_ids(classes, model) if classes else None
+        jobs = [Job(v.name, v.files, id=v.id, size=v.size, categories=numbers) for v in dataset.videos]
     else:
-        dataset = None
         if is_dataset(root):
             images = root / "JPEGImages"
             inside = sorted((images / "480p" if (images / "480p").is_dir() else images).iterdir())
@@ -81,7 +92,7 @@ def find_videos(source, sequences: list[str] | None = None) -> tuple[list[Job], 
     if sequences:
         names = set(_listed(sequences, [job.name for job in jobs], root))
         jobs = [job for job in jobs if job.name in names]
-    return jobs, dataset
+    return jobs
 
 
 def _images(video: Path) -> Path:

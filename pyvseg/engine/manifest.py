@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from pyvseg.engine.output import sync_folder
 from pyvseg.errors import OutputError
@@ -22,7 +25,8 @@ FORMAT = "pyvseg-batch"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a video ended. `reason` is None when its results are there; `seconds` count from opening it; `note` is what to know of them."""
+    """How a video ended. `reason` is None when its results are there; `seconds` count from its first frame's turn, beside others that are
+    under way; `note` is what to know of them."""
 
     name: str
     source: str
@@ -33,75 +37,85 @@ class Outcome:
 
 
 class Manifest:
-    """The outcomes of all videos of an output folder, by name; the last one counts.
+    """The outcomes of all videos of an output folder, by name; the last one counts, and what is done in one file outweighs a failure in another.
 
     Every process writes a file of its own, OUT/manifest*.jsonl, and reads those of all. Its first line holds the settings.
     Lines that a crash damaged are left out (`damaged` counts them): their videos run again.
-    Raises OutputError for results made with other settings, and where another process is writing the same file.
+
+    part       of the file's name, "-I-of-N" for a shard
+    overwrite  forgets what is done; a shard leaves the files of others with the same settings, and goes by none of them
+
+    Raises OutputError for results made with other settings, and where another process writes the same file or shares the work otherwise.
     """
 
     def __init__(self, out: Path, settings: dict, *, part: str = "", overwrite: bool = False) -> None:
-        self.path = out / f"manifest{part}.jsonl"
+        self.path, self.settings = out / f"manifest{part}.jsonl", settings
         self.outcomes: dict[str, Outcome] = {}
         self.damaged = 0
-        files = sorted(out.glob("manifest*.jsonl"))
         with output_errors(self.path):
+            new = not out.exists()
             out.mkdir(parents=True, exist_ok=True)
+            if new:
+                sync_folder(out.absolute().parent)
             self._file = open(self.path, "ab")
-        self._lock()
-        if overwrite:
-            with output_errors(self.path):
-                for path in files:
-                    os.truncate(path, 0)
-        whole = [self._read(path, settings) for path in files]
-        self._begin(settings, fresh=self.path not in files or not whole[files.index(self.path)])
+        try:
+            self._lock()
+            for path in sorted(out.glob("manifest*.jsonl")):
+                self._consider(path, overwrite)
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
 
     def _lock(self) -> None:
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self._file.close()
-                raise OutputError(f"{self.path}: another pyvseg batch is writing there; wait for it, or share the work with --shard") from None
+        for wait in (0.1, 0.4, None):  # another process may be looking whether the file is in use
+            if not _locked(self._file, fcntl and fcntl.LOCK_EX):
+                return
+            if wait is None:
+                raise OutputError(f"{self.path}: another pyvseg batch is writing there; wait for it, or share the work with --shard")
+            time.sleep(wait)
 
-    def _read(self, path: Path, settings: dict) -> bool:
-        """Takes in one file; False if there is nothing in it."""
-        with output_errors(path):
-            lines = path.read_bytes().split(b"\n")
-        documents = [_parse(line) for line in lines if line.strip()]
-        entries = [_outcome(document) for document in documents[1:]]
-        found = documents[0].get("settings") if documents and documents[0].get("format") == FORMAT else None
-        if not isinstance(found, dict):
-            if any(entries):
-                raise OutputError(f"{path}: the first line is damaged, so nothing tells how these results were made; choose another --out, or start again with --overwrite")
-            if documents:  # a crash while the file began
-                with output_errors(path):
-                    os.truncate(path, 0)
-            return False
-        changed = [f"{key} was {found.get(key)} and is now {settings.get(key)}" for key in sorted({*found, *settings}) if found.get(key) != settings.get(key)]
-        if changed:
-            raise OutputError(f"{path.parent} holds results made with other settings: {', '.join(changed)}; choose another --out, or replace them with --overwrite")
+    def _consider(self, path: Path, overwrite: bool) -> None:
+        """Takes in one file, or empties it where nothing in it is to be kept."""
+        settings, entries = _read(path)
+        own, sharing = path == self.path, _shards(path) == _shards(self.path)
+        if settings is None and not entries and not own:
+            return  # another process has created it a moment ago, or died then
+        changed = "" if settings is None else _changes(settings, self.settings)
+        if not own and (changed or not sharing) and _in_use(path):
+            raise OutputError(f"{path}: another pyvseg batch, with other {f'settings ({changed})' if changed else 'shards'}, is writing there; wait for it, or choose another --out")
+        if not overwrite and settings is None and any(entries):
+            raise OutputError(f"{path}: the first line is damaged, so nothing tells how these results were made; choose another --out, or start again with --overwrite")
+        if not overwrite and changed and any(entry and not entry.reason for entry in entries):
+            raise OutputError(f"{path.parent} holds results made with other settings: {changed}; choose another --out, or replace them with --overwrite")
+        if settings is None or changed or (overwrite and (own or not sharing)):
+            with output_errors(path):
+                os.truncate(path, 0)
+        elif not overwrite:
+            self._take(entries)
+
+    def _take(self, entries: list[Outcome | None]) -> None:
         self.damaged += entries.count(None)
-        self.outcomes |= {entry.name: entry for entry in entries if entry}
-        return True
+        for name, entry in {entry.name: entry for entry in entries if entry}.items():
+            if name not in self.outcomes or self.outcomes[name].reason:
+                self.outcomes[name] = entry
 
-    def _begin(self, settings: dict, fresh: bool) -> None:
-        if fresh:
-            self._append({"format": FORMAT, "settings": settings})
+    def _begin(self) -> None:
+        with output_errors(self.path):
+            with open(self.path, "rb") as file:
+                last = file.read()[-1:]
+            if last not in (b"", b"\n"):  # what follows must not be taken for a part of the torn line
+                self._file.write(b"\n")
+        if not last:
+            self._append({"format": FORMAT, "settings": self.settings})
             with output_errors(self.path):
                 sync_folder(self.path.parent)
-            return
-        with open(self.path, "rb") as file:
-            file.seek(-1, os.SEEK_END)
-            torn = file.read(1) != b"\n"
-        if torn:  # what follows must not be taken for a part of the torn line
-            with output_errors(self.path):
-                self._file.write(b"\n")
 
     def add(self, outcome: Outcome) -> None:
         """Notes how a video ended; returns when the disk has it."""
         self.outcomes[outcome.name] = outcome
-        self._append({"status": "failed" if outcome.reason else "done", **asdict(outcome)})
+        speed = {"fps": round(outcome.frames / outcome.seconds, 2)} if outcome.seconds else {}
+        self._append({"status": "failed" if outcome.reason else "done", **asdict(outcome), **speed})
 
     def _append(self, document: dict) -> None:
         with output_errors(self.path):
@@ -110,7 +124,43 @@ class Manifest:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk refuses again what `_append` could not write, and has said so
+            self._file.close()
+
+
+def _changes(before: dict, now: dict) -> str:
+    return ", ".join(f"{key} was {before.get(key)} and is now {now.get(key)}" for key in sorted({*before, *now}) if before.get(key) != now.get(key))
+
+
+def _shards(path: Path) -> str:
+    """N of manifest-I-of-N.jsonl; "" for the file of all."""
+    return path.stem.rpartition("-of-")[2] if "-of-" in path.stem else ""
+
+
+def _locked(file: IO, kind: int | None) -> bool:
+    """Whether another process holds a lock; if not, this one holds it now. False also where the file system knows no locks."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _in_use(path: Path) -> bool:
+    with output_errors(path), open(path, "rb") as file:
+        return _locked(file, fcntl and fcntl.LOCK_SH)
+
+
+def _read(path: Path) -> tuple[dict | None, list[Outcome | None]]:
+    """The settings, None where the first line does not tell, and the outcomes, None for damaged ones."""
+    with output_errors(path):
+        lines = path.read_bytes().split(b"\n")
+    documents = [_parse(line) for line in lines if line.strip()]
+    settings = documents[0].get("settings") if documents and documents[0].get("format") == FORMAT else None
+    return settings if isinstance(settings, dict) else None, [_outcome(document) for document in documents[1:]]
 
 
 def _parse(line: bytes) -> dict:
@@ -124,6 +174,7 @@ def _parse(line: bytes) -> dict:
 def _outcome(document: dict) -> Outcome | None:
     try:
         reason = document["reason"] if document["status"] == "failed" else None
-        return Outcome(str(document["name"]), str(document["source"]), reason, int(document["frames"]), float(document["seconds"]))
+        note = str(document.get("note", ""))
+        return Outcome(str(document["name"]), str(document["source"]), reason, int(document["frames"]), float(document["seconds"]), note)
     except (KeyError, TypeError, ValueError):
         return None

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -23,6 +25,11 @@ _FEATURES = 250  # bytes per pixel that a joint model takes for every frame that
 _FOLLOWING_BASE, _SHARE = 600 << 20, 0.8  # bytes of the program and of a few frames' inner maps; part of all memory to use
 _DECODER_FRAMES = 16  # that FFmpeg's threads hold, at 1.5 bytes a pixel
 _CHUNKS = 6  # arrays of the size of a chunk of full-size masks that exist at once
+_GROUPS = {  # by controllers: where control groups are, and what says how much they may use, use, and use for files that can go
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+_sharers = 1
 
 
 def queue_frames(video: Video, step: int) -> int:
@@ -60,6 +67,7 @@ def clip_bytes(network: STCN, video: Video, clip_length: int, objects: int, memo
     return int(_FOLLOWING_BASE + pixels * (clip_length * frame + memory_frames * values) + 4 * (objects + 2) * height * width + queued)
 
 
+@lru_cache(maxsize=1)
 @torch.inference_mode()
 def _feature_bytes(network: STCN) -> float:
     """Of a frame's features, for each pixel of the network's input."""
@@ -67,13 +75,17 @@ def _feature_bytes(network: STCN) -> float:
     return sum(x.nbytes for x in vars(found).values() if x is not None) / 64**2
 
 
-def fitting_clip(network: STCN, video: Video, clip_length: int, objects: int, memory_frames: int) -> int:
-    """The clip length, or the longest below it for which the memory will do. It goes by all memory that the machine has, so that
-    the same video gets the same clips in every run. Raises VideoError where not even single frames fit."""
-    most = _SHARE * total(network.device)
+def fitting_clip(network: STCN, video: Video, clip_length: int, objects: int, memory_frames: int, at_once: int = 1) -> tuple[int, int]:
+    """The clip length and the number of such videos at once for which the memory will do: rather one video at a time than shorter clips.
+
+    It goes by all memory that the machine has, so that the same video gets the same clips in every run. Raises VideoError where not even
+    single frames fit."""
+    most = _SHARE * total(network.device) / _sharers
+    if at_once > 1 and at_once * (clip_bytes(network, video, clip_length, objects, memory_frames) - _FOLLOWING_BASE) + _FOLLOWING_BASE <= most:
+        return clip_length, at_once
     for length in range(clip_length, 0, -1):
         if clip_bytes(network, video, length, objects, memory_frames) <= most:
-            return length
+            return length, 1
     height, width = video.size
     raise VideoError(
         f"{video.source}: {objects} objects in frames of {width}x{height} take {clip_bytes(network, video, 1, objects, memory_frames) / 1e9:.1f} GB of memory "
@@ -81,15 +93,20 @@ def fitting_clip(network: STCN, video: Video, clip_length: int, objects: int, me
     )
 
 
+def share(processes: int) -> None:
+    """Tells that so many processes like this one share the memory of the device."""
+    global _sharers
+    _sharers = processes
+
+
 def total(device: torch.device) -> float:
     """Bytes of a device's memory; without bound where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     found = math.inf
-    for path, pick in (("/proc/meminfo", lambda text: 1024 * int(text.split()[1])), ("/sys/fs/cgroup/memory.max", int)):
-        with suppress(OSError, ValueError, IndexError):
-            found = min(found, pick(Path(path).read_text()))
-    return found
+    with suppress(OSError, ValueError, IndexError):
+        found = 1024 * int(Path("/proc/meminfo").read_text().split()[1])
+    return min([found, *(most for most, _ in _allowed())])
 
 
 def available(device: torch.device) -> int | None:
@@ -101,11 +118,22 @@ def available(device: torch.device) -> int | None:
         free = 1024 * int(lines["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):
         return None
-    try:  # a container may allow less
-        folder = Path("/sys/fs/cgroup")
-        return min(free, int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
-    except (OSError, ValueError):
-        return free
+    return min([free, *(most - used for most, used in _allowed())])
+
+
+def _allowed() -> Iterator[tuple[int, int]]:
+    """Bytes that each control group of this process may use, and uses, without cached files: containers and SLURM set such bounds."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in _GROUPS:
+                continue
+            folder, most, used, cached = _GROUPS[controllers]
+            for place in (Path(path), *Path(path).parents):
+                with suppress(OSError, ValueError):  # "max": no bound
+                    group = Path(f"{folder}{place}")
+                    kept = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
+                    yield int((group / most).read_text()), int((group / used).read_text()) - int(kept.get(cached, 0))
 
 
 def check_memory(network: nn.Module, name: str, video: Video, step: int, at_once: int = 1) -> None:

@@ -59,11 +59,14 @@ class VideoOutput:
         return self.targets.root / "manifest.json"
 
     def resume_at(self) -> int:
-        """The frame at which a suspended run goes on; 0 where there is nothing to go on from. Raises OutputError for other settings."""
+        """The frame at which a suspended run goes on; 0 where there is nothing to go on from. With other settings a batch begins the
+        video again, a run raises OutputError."""
         note = _read_json(self.targets.work / "run.json")
         if not note:
             return 0
         changed = [key for key in self.settings if note["settings"].get(key) != self.settings[key]]
+        if changed and self.targets.folder is not None:
+            return 0
         if changed:
             what = f"{changed[0]} was {note['settings'].get(changed[0])} and is now {self.settings[changed[0]]}"
             raise OutputError(f"cannot resume {self.targets.work}: {what}; use the same settings, or --overwrite to start again")
@@ -79,6 +82,8 @@ class VideoOutput:
             if not first:
                 _remove(work)
             _make_folder(work)
+            for path in work.glob(".*"):  # spools of a run that was killed after it had gone on
+                _remove(path)
             if not first:
                 self._note(0)
 
@@ -154,6 +159,7 @@ class VideoOutput:
             path = self.state_path(next_frame)
             with output_errors(path):
                 save(path)
+                sync_tree(path.parent)  # before the note that relies on it
                 self._note(next_frame)
                 for old in path.parent.glob("state-*"):
                     if not old.name.startswith(path.name):

@@ -97,7 +97,8 @@ class Background:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets (and says so), so that work can stop at a good moment; the second one interrupts at once.
+    """An event that the first Ctrl-C or SIGTERM (a cluster that wants its machine back) sets, and says so, so that work can stop at a
+    good moment; the second one interrupts at once.
 
     Outside the main thread, where Python allows no signal handlers, the event is never set.
     """
@@ -108,11 +109,15 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
 
     def handle(signum, frame):
         stop.set()
-        signal.signal(signal.SIGINT, previous)
+        restore()
         tqdm.write("stopping at the end of this clip (Ctrl-C again: at once)", file=sys.stderr)
 
-    previous = signal.signal(signal.SIGINT, handle)
+    def restore():
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, previous)
+        restore()

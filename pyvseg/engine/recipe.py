@@ -12,6 +12,8 @@ from pyvseg import __version__
 from pyvseg.errors import PyvsegError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from pyvseg.engine.task import Task
 
 
@@ -33,6 +35,10 @@ class Results:
     compat: bool = True
     """Instance segmentation: each object only once, with its likeliest class; as published it makes a track for each likely one.
     Tube-Link, panoptic: without the published code's faults in the ids of objects."""
+
+    def tracks(self) -> dict:
+        """What the results of instance segmentation depend on, by the names of the options."""
+        return {"score_threshold": self.score_threshold, "top_k": self.top_k, "compat": self.compat}
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,13 @@ class Recipe:
         return self.task_name == "semi-supervised"
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of what instance segmentation finds; empty for other tasks."""
+        from pyvseg.models import zoo
+
+        return zoo.variant(self.model).classes if self.task_name == "video instance segmentation" else ()
+
+    @property
     def memory_frames(self) -> int | None:
         return None if self.max_memory_frames == "none" else self.max_memory_frames
 
@@ -87,7 +100,7 @@ class Recipe:
         given = asdict(self) | asdict(self.results) | {"weights": str(self.weights), "pyvseg": __version__}
         names = ["model", "weights", "precision", "decoder", "pngs", "overlay", "pyvseg"]
         if self.task_name == "video instance segmentation":
-            names += ["score_threshold", "top_k", "compat"]
+            names += self.results.tracks()
         else:
             names += ["clip_length", "max_memory_frames" if self.needs_masks else "step_pngs"]
             names += ["compat"] if hasattr(zoo.variant(self.model).settings, "compat") else []
@@ -104,12 +117,13 @@ class Recipe:
             from pyvseg.engine.tasks.panoptic import Panoptic as Chosen
         return Chosen.of(self)
 
-    def network(self):
-        """The model's network, loaded, and how many videos it takes at once."""
+    def load(self) -> tuple[nn.Module, dict]:
+        """The model's network, and what every task made of this has beside it."""
         from pyvseg.models import zoo
         from pyvseg.video import nvdec
 
         if self.decoder == "nvdec":
             nvdec.check()
         network = zoo.load(self.model, weights=self.weights, device=self.device, precision=self.precision)
-        return network, self.at_once or (4 if network.device.type == "cuda" else 1)
+        at_once = self.at_once or (4 if network.device.type == "cuda" else 1)
+        return network, {"settings": self.settings() | {"device": str(network.device)}, "results": self.results, "at_once": at_once}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -59,6 +59,7 @@ def run(
     """
     out, started = Path(out), time.perf_counter()
     jobs, single, note = task.find(source, masks, annotations, sequences)
+    task = replace(task, at_once=min(task.at_once, len(jobs)))  # batches are filled up to so many videos
     if frames and not single:
         raise PyvsegError(f"{source} holds several videos; --frames is for one")
     check_out(out, overwrite, resume)

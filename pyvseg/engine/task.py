@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
@@ -22,6 +23,9 @@ from pyvseg.engine.pipeline import Background, Prefetch
 from pyvseg.engine.trace import span, spans
 from pyvseg.video.reader import Video, open_video
 from pyvseg.video.types import Frame
+
+
+ALONE = "segmented by itself: {} at once would not fit into memory"  # a lane's note
 
 
 @dataclass
@@ -93,8 +97,14 @@ class Lane:
         self.at_end = self.idle = False  # all frames have been taken; and this turn there were none
         self.alone = False  # there is no room for others beside it
         self.note = ""  # what the user should know of the results
+        self.began: float | None = None  # when its first turn came
         self._threads = ExitStack()
         self._sink: Background | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Since its first turn."""
+        return 0.0 if self.began is None else round(time.perf_counter() - self.began, 3)
 
     @property
     def is_finished(self) -> bool:
@@ -128,6 +138,7 @@ class Lane:
 
     def fill(self) -> None:
         """Takes the next turn's frames; waits for the decoder."""
+        self.began = self.began or time.perf_counter()
         self.taken = list(islice(self._frames, self.turn))
         self.at_end, self.idle = len(self.taken) < self.turn, not self.taken
         self.session.frames += len(self.taken)

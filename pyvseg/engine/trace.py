@@ -15,6 +15,9 @@ from typing import NamedTuple
 from pyvseg.video.writer import output_errors
 
 
+STAGES = "decode", "model", "write"  # other spans are parts of the model's
+
+
 class Span(NamedTuple):
     """A span; `start` in seconds since 1970, so that those of several processes and machines fit together."""
 

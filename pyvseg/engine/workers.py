@@ -10,8 +10,10 @@ from __future__ import annotations
 import queue
 import signal
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.connection import Connection, wait
@@ -19,16 +21,19 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Event
 
+from tqdm import tqdm
+
 from pyvseg.engine.jobs import Job
 from pyvseg.engine.manifest import Outcome
 from pyvseg.engine.trace import keeps, recording, take
-from pyvseg.errors import PyvsegError
+from pyvseg.errors import OutputError, PyvsegError
 
 _TRIES = 3  # of a video whose process dies
 
 
 @dataclass
 class _Worker:
+    number: int  # says which GPU it has
     process: BaseProcess
     pipe: Connection
     jobs: dict[str, Job] = field(default_factory=dict)  # sent, not yet ended
@@ -56,7 +61,8 @@ class _Run:
     tell: Callable[[Outcome], None]
     workers: list[_Worker] = field(default_factory=list)
     deaths: Counter = field(default_factory=Counter)
-    busy: Counter = field(default_factory=Counter)
+    busy: Counter = field(default_factory=Counter)  # seconds by stage, of all processes together
+    spent: float = 0.0  # seconds that these have run
 
     def run(self) -> dict[str, float]:
         try:
@@ -69,9 +75,8 @@ class _Run:
             for worker in self.workers:
                 worker.process.kill()  # what it has not finished is as if it never began
                 worker.process.join()
-        if self.stop.is_set():
-            raise KeyboardInterrupt
-        return {name: seconds / self.count for name, seconds in self.busy.items()}
+                self._last_words(worker)
+        return {name: seconds / self.spent for name, seconds in self.busy.items()}
 
     def _start(self, number: int) -> _Worker:
         context = _context()
@@ -80,15 +85,19 @@ class _Run:
         process = context.Process(target=_serve, args=given, name=f"pyvseg-worker-{number}", daemon=True)
         process.start()
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(number, process, ours)
 
     def _feed(self) -> None:
         for worker in self.workers:
-            while self.waiting and len(worker.jobs) < worker.room and not worker.told and not self.stop.is_set():
+            alone = False
+            while self.waiting and len(worker.jobs) < worker.room and not (worker.told or alone or self.stop.is_set()):
+                alone = self.deaths[self.waiting[0].name] > 0
+                if alone and worker.jobs:
+                    break
                 job = self.waiting.popleft()
                 worker.jobs[job.name] = job
                 _send(worker, job)
-            last = "stop" if self.stop.is_set() else "" if self.waiting else "all"
+            last = "stop" if self.stop.is_set() else "all" if alone and worker.jobs or not self.waiting else ""
             if worker.room and last and worker.told not in (last, "stop"):
                 worker.told = last
                 _send(worker, last)
@@ -100,24 +109,33 @@ class _Run:
             self._bury(worker)
             return
         if kind == "ready":
-            worker.room = news
+            worker.room, self.deaths[""] = news, 0
         elif kind == "ended":
             del worker.jobs[news.name]
             self.tell(news)
         elif kind == "error":
             raise news
         elif kind == "busy":
-            self.busy.update(news)
+            shares, seconds = news
+            self.busy.update({name: share * seconds for name, share in shares.items()})
+            self.spent += seconds
         elif kind == "events":
             take(news)
         elif kind == "end":
-            self.workers.remove(worker)
             worker.process.join()
+            self._replace(worker)
+
+    def _last_words(self, worker: _Worker) -> None:
+        """Takes note of what a process finished that has been stopped."""
+        with suppress(EOFError, OSError, OutputError):
+            while worker.pipe.poll():
+                kind, news = worker.pipe.recv()
+                if kind == "ended":
+                    self.tell(news)
 
     def _bury(self, worker: _Worker) -> None:
-        """A process died: others take its videos, the one that began first at last, and a new process takes its place."""
+        """A process died: its videos are tried again when all others are done, each by itself, so that none fails for another's sake."""
         worker.process.join()
-        number = self.workers.index(worker)
         self.deaths[""] += not worker.room
         if self.deaths[""] == _TRIES:
             raise PyvsegError(f"{_TRIES} worker processes died while they loaded the model (exit status {worker.process.exitcode}); use fewer --workers if memory ran out")
@@ -126,12 +144,18 @@ class _Run:
             if self.deaths[job.name] < _TRIES:
                 self.waiting.append(job)
             else:
-                why = f"{job.video}: {_TRIES} processes died with this video under way (exit status {worker.process.exitcode}); out of memory?"
-                self.tell(Outcome(job.name, str(job.video), why))
-        if self.stop.is_set():
-            self.workers.remove(worker)
+                why = f"{job.source}: {_TRIES} processes died of this video (exit status {worker.process.exitcode}); out of memory?"
+                self.tell(Outcome(job.name, job.source, why))
+        self._replace(worker)
+
+    def _replace(self, worker: _Worker) -> None:
+        """Puts a new process into the place of one that has ended, if there is work for it."""
+        number = self.workers.index(worker)
+        worker.pipe.close()
+        if self.waiting and not self.stop.is_set():
+            self.workers[number] = self._start(worker.number)
         else:
-            self.workers[number] = self._start(number)
+            del self.workers[number]
 
 
 def _context():
@@ -156,12 +180,18 @@ def _serve(pipe: Connection, recipe, out: Path, number: int, count: int, keep: b
 
     from pyvseg.engine.allocator import keep_freed_memory
     from pyvseg.engine.batch import segment
+    from pyvseg.engine.memory import share
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to stop
+    for each in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent says when to stop
+        signal.signal(each, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own one is shared by processes, and left over where one is killed
     keep_freed_memory()
+    share(count)
     if torch.cuda.is_available() and getattr(recipe, "device", "") in (None, "cuda"):
-        recipe = replace(recipe, device=f"cuda:{number % torch.cuda.device_count()}")
+        gpus = torch.cuda.device_count()
+        recipe = replace(recipe, device=f"cuda:{number % gpus}")
         torch.cuda.set_device(recipe.device)  # else every process takes memory of the first GPU too
+        share(-(-count // gpus))
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
     stop = Event()
     try:
@@ -170,7 +200,9 @@ def _serve(pipe: Connection, recipe, out: Path, number: int, count: int, keep: b
         pipe.send(("ready", 2 * task.at_once + 1))
         with recording(keep) as recorder:
             try:
-                pipe.send(("busy", segment(_jobs(pipe, stop), task, out, stop, lambda outcome: pipe.send(("ended", outcome)))))
+                began = time.perf_counter()
+                shares = segment(_jobs(pipe, stop), task, out, stop, lambda outcome: pipe.send(("ended", outcome)))
+                pipe.send(("busy", (shares, time.perf_counter() - began)))
             finally:
                 pipe.send(("events", recorder.events or []))
         pipe.send(("end", None))

@@ -46,6 +46,22 @@ def test_folders_patterns_and_lists(archive, capsys):
     assert "0 videos done, 3 before" in capsys.readouterr().out
 
 
+def test_lists_as_people_write_them(archive, capsys):
+    """A byte order mark, Windows' line ends, blanks, names of any kind, one video by two paths, and pictures beside the videos."""
+    (archive / "link").symlink_to(archive / "clips")
+    for name in ("50%d of #1", "\u00fcn\u0085\u2028i"):
+        os.link(archive / "clips" / "a.mp4", archive / f"{name}.mp4")
+        os.link(archive / "masks" / "a.png", archive / "masks" / f"{name}.png")
+    lines = ["# mine", "", " clips/b.mp4 \tmasks/c.png", "50%d of #1.mp4", "\u00fcn\u0085\u2028i.mp4", "clips/a.mp4", "link/a.mp4"]
+    (archive / "list.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert main(["batch", "list.txt", "--masks", "masks", "--out", "out"]) == 0
+    assert set(done(archive / "out")) == {"a", "b", "50%d of #1", "\u00fcn\u0085\u2028i"}
+    assert main(["batch", "link/a.mp4", "--masks", "masks", "--out", "out"]) == 0
+    assert "0 videos done, 1 before" in capsys.readouterr().out
+    os.link(archive / "masks" / "a.png", archive / "clips" / "poster.png")
+    assert main(["batch", "clips", "--masks", "masks", "--out", "posters"]) == 0 and set(done(archive / "posters")) == {"a", "b", "frames"}
+
+
 def test_failures_set_the_exit_status(archive, capsys):
     (archive / "clips" / "broken.mp4").write_bytes(b"x" * 99)
     (archive / "list.txt").write_text("clips/a.mp4\nclips/gone.mp4\nclips/broken.mp4\nclips/b.mp4\tmasks/none.png\n")
@@ -55,7 +71,8 @@ def test_failures_set_the_exit_status(archive, capsys):
     assert all(word in printed.err for word in ("gone.mp4: no such", "broken.mp4: cannot be read", "none.png: no such")) and "Traceback" not in printed.err
     assert done(archive / "out") == {"a": "done", "gone": "failed", "broken": "failed", "b": "failed"}
     assert main(["batch", "list.txt", "--masks", "masks", "--out", "out"]) == 1
-    assert "0 failed, 3 before (--retry-failed tries them again)" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "0 failed, 3 before (--retry-failed tries them again)" in printed and "1 x no such video file or folder of images" in printed
 
 
 def test_only_the_json(archive):
@@ -71,6 +88,10 @@ def bad_commands():
     yield ["bytes.txt"], "list bytes.txt: cannot be read (not a text file)"
     yield ["clips/a.mp4", "other/a.mp4"], "clips/a.mp4 and other/a.mp4 would both write a; rename one"
     yield ["clips/a.mp4", "--masks", "nomasks"], "--masks nomasks: no such folder"
+    yield [], "no inputs; name videos"
+    yield ["two.txt"], "clips/a.mp4: named twice with different masks"
+    yield ["dots.txt"], "...mp4: results cannot be called '..'; rename the video"
+    yield ["clips", "--profile", "nowhere/trace.json"], "cannot write nowhere/trace.json"
     yield ["clips", "--ray", "auto", "--workers", "2"], "--ray and --workers exclude each other"
     yield ["clips", "--shard", "3/2"], "--shard 3/2: expected I/N"
     yield ["clips", "--workers", "0"], "--workers 0: must be at least 1"
@@ -82,6 +103,8 @@ def bad_commands():
 @pytest.mark.parametrize("arguments, message", [pytest.param(*each, id=" ".join(each[0])) for each in bad_commands()])
 def test_bad_commands(archive, capsys, arguments, message):
     (archive / "empty.txt").write_text("# nothing\n")
+    (archive / "two.txt").write_text("clips/a.mp4\tmasks/a.png\nclips/a.mp4\tmasks/b.png\n")
+    (archive / "dots.txt").write_text("...mp4\n")
     (archive / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     (archive / "other").mkdir()
     os.link(archive / "clips" / "b.mp4", archive / "other" / "a.mp4")

@@ -241,33 +241,6 @@ def test_other_settings_are_refused(clips, tmp_path, undisturbed):
     assert files(tmp_path / "out") == undisturbed
 
 
-def damaged_manifests():
-    """What a crash of the file system may leave of a whole manifest, and how many videos then run again."""
-    yield "torn end", lambda lines: b"\n".join(lines)[:-30], 1
-    yield "zeros inside", lambda lines: b"\n".join([*lines[:2], b"\0" * 90, *lines[3:]]) + b"\n", 1
-    yield "nonsense inside", lambda lines: b"\n".join([*lines[:3], b'{"status": 3}', b"[1]", *lines[5:]]) + b"\n", 2
-    yield "only a torn first line", lambda lines: lines[0][:20], 6
-    yield "empty", lambda lines: b"", 6
-
-
-@pytest.mark.parametrize("damage, again", [pytest.param(*rest, id=name) for name, *rest in damaged_manifests()])
-def test_damaged_manifest(clips, tmp_path, undisturbed, damage, again):
-    go(clips, tmp_path / "out")
-    path = tmp_path / "out" / "manifest.jsonl"
-    path.write_bytes(damage(path.read_bytes().splitlines()))
-    report = go(clips, tmp_path / "out")
-    assert report.done == again and files(tmp_path / "out") == undisturbed
-    assert go(clips, tmp_path / "out").before == 6
-
-
-def test_manifest_without_its_first_line(clips, tmp_path):
-    go(clips, tmp_path / "out")
-    path = tmp_path / "out" / "manifest.jsonl"
-    path.write_bytes(b"\0" * 40 + path.read_bytes()[40:])
-    with pytest.raises(OutputError, match="first line is damaged.*--overwrite"):
-        go(clips, tmp_path / "out")
-
-
 def test_folders_that_are_not_ours(clips, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
@@ -282,31 +255,12 @@ def test_folders_that_are_not_ours(clips, tmp_path):
     assert (tmp_path / "out" / "mine.txt").exists()
 
 
-def test_two_batches_for_one_folder(clips, tmp_path, begin):
-    kill = begin(clips, tmp_path / "out", 1, 5)
-    try:
-        while not (tmp_path / "out" / "manifest.jsonl").exists() or not (tmp_path / "out" / "manifest.jsonl").read_text():
-            time.sleep(0.02)
-        with pytest.raises(OutputError, match="another pyvseg batch is writing there.*--shard"):
-            go(clips, tmp_path / "out")
-    finally:
-        kill()
-
-
-def test_shards(clips, tmp_path, undisturbed):
-    for i in (2, 1, 3):
-        report = go(clips, tmp_path / "out", shard=(i, 3))
-        assert (report.videos, report.done) == (2, 2)
-    assert files(tmp_path / "out") == undisturbed and len(notes(tmp_path / "out")) == 6 + 2
-    assert go(clips, tmp_path / "out").before == 6
-
-
 def test_clips_that_do_not_fit_are_shortened(clips, tmp_path, undisturbed):
     """The stand-in's masks move once in each clip, so the clip length shows."""
 
     class Recipe(StandinRecipe):
         def task(self):
-            return replace(super().task(), fit=lambda video, objects: 3 if video.name == "b" else 5)
+            return replace(super().task(), fit=lambda video, objects, at_once: (3 if video.name == "b" else 5, at_once))
 
     report = go(clips, tmp_path / "out", Recipe())
     assert [remark.split(": ")[1] for remark in report.remarks] == ["clip length 3 in place of 5, which would not fit into memory"]
@@ -323,7 +277,14 @@ def test_clip_lengths_that_fit(clips, monkeypatch):
     assert needed == sorted(needed)
     for free, length in ((1e18, 25), (needed[1] / 0.8 + 1, 5), (needed[0] / 0.8 + 1, 1)):
         monkeypatch.setattr(memory, "total", lambda device, free=free: free)
-        assert memory.fitting_clip(network, video, 25, 3, 16) == length
+        assert memory.fitting_clip(network, video, 25, 3, 16) == (length, 1)
+    monkeypatch.setattr(memory, "total", lambda device: 2 * needed[2] / 0.8)
+    assert memory.fitting_clip(network, video, 25, 3, 16, at_once=2) == (25, 2)
+    monkeypatch.setattr(memory, "total", lambda device: needed[2] / 0.8 + 1)
+    assert memory.fitting_clip(network, video, 25, 3, 16, at_once=2) == (25, 1)  # rather alone than with shorter clips
+    monkeypatch.setattr(memory, "_sharers", 2)
+    monkeypatch.setattr(memory, "total", lambda device: 2 * needed[1] / 0.8 + 2)
+    assert memory.fitting_clip(network, video, 25, 3, 16) == (5, 1)
     monkeypatch.setattr(memory, "total", lambda device: 1000)
     with pytest.raises(VideoError, match="a.mp4: 3 objects in frames of 64x48 take .* even frame by frame"):
         memory.fitting_clip(network, video, 25, 3, 16)

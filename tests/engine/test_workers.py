@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from multiprocessing import active_children
 
 import pytest
@@ -37,6 +38,26 @@ def test_two_processes_and_one_killed(clips, tmp_path, undisturbed):  # noqa: F8
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert os.getpid() not in {e["pid"] for e in events}  # and what the dead one did is not known
     assert {"decode", "model", "write"} <= {e["name"] for e in events} and min(e["ts"] for e in events) == 0
+
+
+class Deadly(StandinRecipe):
+    """The process dies of the video c."""
+
+    def task(self):
+        def fit(video, objects, at_once):
+            if video.name == "c":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return 5, at_once
+
+        return replace(super().task(), fit=fit)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_video_that_kills_its_process(clips, tmp_path, undisturbed, at_once):  # noqa: F811
+    """Those that were in line behind it do not fail for its sake."""
+    report = go(clips, tmp_path / "out", Deadly(at_once=at_once), execute=Workers(2))
+    assert (report.done, [each.name for each in report.failed]) == (5, ["c"]) and "3 processes died of this video" in report.failed[0].reason
+    assert files(tmp_path / "out") == {k: v for k, v in undisturbed.items() if k[0] != "c"} and 0 < report.busy["model"] <= 1
 
 
 RUN = """
@@ -75,6 +96,6 @@ def test_failures_are_told(clips, tmp_path):  # noqa: F811
     report = go([*jobs, type(jobs[0])("bad", tmp_path / "bad.mp4", jobs[0].masks)], tmp_path / "out", execute=Workers(2))
     assert report.done == 2 and "cannot be read" in report.failed[0].reason
     (tmp_path / "out" / "unfinished").write_text("no folder can be made here")
-    with pytest.raises(OutputError, match="cannot write .*2 of 4 videos are finished and kept, 1 remain"):
+    with pytest.raises(OutputError, match="cannot write .*2 of 4 videos are finished and kept, 1 failed, 1 remain"):
         go([*jobs, type(jobs[0])("bad", tmp_path / "bad.mp4", jobs[0].masks), jobs_of(clips)[3]], tmp_path / "out", execute=Workers(2))
     assert len(notes(tmp_path / "out")) == 3

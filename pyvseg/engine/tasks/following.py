@@ -20,7 +20,7 @@ from pyvseg.engine.output import UNFINISHED, Targets, fingerprint
 from pyvseg.engine.propagate import Propagation as Network
 from pyvseg.engine.propagate import look_ahead, ready
 from pyvseg.engine.recipe import Recipe, Results
-from pyvseg.engine.task import Found, Lane, Session, opened
+from pyvseg.engine.task import ALONE, Found, Lane, Session, opened
 from pyvseg.engine.trace import span
 from pyvseg.errors import PyvsegError, VideoError
 from pyvseg.models.vos import VOSState
@@ -47,25 +47,24 @@ class Following:
     """A model that follows given masks, and the settings it runs with."""
 
     propagation: Callable[[Path | None], Propagation]  # for a new video (None), or continuing from a saved state
-    settings: dict  # all that the masks depend on besides video and masks: model, weights, clip length, ...
+    settings: dict  # all that the masks depend on besides video, masks and `at_once`: model, weights, clip length, ...
     clip_length: int = 5  # frames that a video takes at a time
-    fit: Callable[[Video, int], int] | None = None  # clip length for a video with so many objects, see `memory.fitting_clip`
+    fit: Callable[[Video, int, int], tuple[int, int]] | None = None  # for a video, so many objects and videos at once: see `memory.fitting_clip`
     look_ahead: Callable[[list[tuple[Propagation, list[Frame]]], int], None] = lambda videos, room: None  # what videos share: see `propagate.look_ahead`
     results: Results = Results()
     at_once: int = 1
 
     @classmethod
     def of(cls, recipe: Recipe) -> Following:
-        network, at_once = recipe.network()
-        settings = recipe.settings() | {"device": str(network.device), "at_once": at_once}
-        length, memory = settings["clip_length"], recipe.memory_frames
+        network, common = recipe.load()
+        length, memory = common["settings"]["clip_length"], recipe.memory_frames
 
         def propagation(saved: Path | None) -> Propagation:
             state = VOSState.load(saved, network.device) if saved else None
             return Network(network, clip_length=length, max_memory_frames=memory, state=state)
 
-        fit = lambda video, objects: fitting_clip(network, video, length, objects, memory or 0)  # noqa: E731
-        return cls(propagation, settings, length, fit, look_ahead, recipe.results, at_once)
+        fit = lambda video, objects, at_once: fitting_clip(network, video, length, objects, memory or 0, at_once)  # noqa: E731
+        return cls(propagation, clip_length=length, fit=fit, look_ahead=look_ahead, **common)
 
     def find(self, source, masks, annotations: str, sequences: list[str] | None) -> Found:
         if is_dataset(source):
@@ -87,7 +86,7 @@ class Following:
         return FollowingLane(self, session, job, targets)
 
     def together(self, lanes: list[FollowingLane]) -> None:
-        if self.at_once > 1:
+        if self.at_once > 1 and not lanes[0].alone:
             with span("model"):
                 self.look_ahead([(lane.propagation, lane.taken) for lane in lanes], self.at_once * self.clip_length)
 
@@ -101,12 +100,15 @@ class Following:
 class FollowingLane(Lane):
     def __init__(self, task: Following, session: Session, job: Job, targets: Targets) -> None:
         video, self.given = _open(job, session)
-        super().__init__(session, job, targets, video, {"masks": fingerprint(self.given), **task.settings})
+        super().__init__(session, job, targets, video, {"masks": fingerprint(self.given), **task.settings, "at_once": task.at_once})
         self.task = task
         objects = len({int(i) for mask in self.given.values() for i in np.unique(mask)} - {0})
-        self.turn = task.clip_length if task.fit is None else task.fit(video, objects)
+        self.turn, at_once = (task.clip_length, task.at_once) if task.fit is None else task.fit(video, objects, task.at_once)
+        self.alone = at_once < task.at_once
         if self.turn < task.clip_length:
             self.note = f"clip length {self.turn} in place of {task.clip_length}, which would not fit into memory"
+        elif self.alone:
+            self.note = ALONE.format(task.at_once)
         self.lasting = task.results.pngs  # they are what a stopped video goes on from
 
     def begin(self, saved: Path | None) -> None:

@@ -9,7 +9,7 @@ each object, better ones on top.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +22,10 @@ from pyvseg.engine.memory import check_memory, queue_frames
 from pyvseg.engine.output import UNFINISHED, Targets
 from pyvseg.engine.pipeline import Prefetch
 from pyvseg.engine.recipe import Recipe, Results
-from pyvseg.engine.task import Found, Lane, Session, opened
+from pyvseg.engine.task import ALONE, Found, Lane, Session, opened
 from pyvseg.engine.trace import span, spans
 from pyvseg.errors import VideoError
 from pyvseg.layers.transfer import aside
-from pyvseg.models import zoo
 from pyvseg.models.state import load_state, save_state
 from pyvseg.models.video_instances import VideoInstances
 from pyvseg.video.masks import MAX_OBJECTS
@@ -42,21 +41,17 @@ class Instances:
     network: nn.Module
     name: str
     classes: tuple[str, ...] = ()
-    settings: dict = field(default_factory=dict)  # weights, precision, ...: a run is resumed only under equal ones
+    settings: dict = field(default_factory=dict)  # weights, precision, ...: with `results`, a run is resumed only under equal ones
     results: Results = Results()
     at_once: int = 1
 
     @classmethod
     def of(cls, recipe: Recipe) -> Instances:
-        network, at_once = recipe.network()
-        settings = recipe.settings() | {"device": str(network.device), "at_once": at_once}
-        return cls(network, recipe.model, zoo.variant(recipe.model).classes, settings, recipe.results, at_once)
+        network, common = recipe.load()
+        return cls(network, recipe.model, recipe.classes, **common)
 
     def find(self, source, masks, annotations: str, sequences: list[str] | None) -> Found:
-        jobs, dataset = find_videos(source, sequences)
-        if dataset:
-            numbers = dataset.category_ids(self.classes, self.name)
-            jobs = [replace(job, categories=numbers) for job in jobs]
+        jobs = find_videos(source, sequences, classes=self.classes, model=self.name)
         return Found(jobs, single=not jobs[0].name)
 
     def targets(self, out: Path, name: str, single: bool) -> Targets:
@@ -88,9 +83,8 @@ class InstanceLane(Lane):
         if job.size and job.size != video.size:
             wanted, there = ("x".join(map(str, size[::-1])) for size in (job.size, video.size))
             raise VideoError(f"{video.source}: images are {there}, the annotation file says {wanted}; results would not fit")
-        r = task.results
-        made = {"score_threshold": r.score_threshold, "top_k": r.top_k, "compat": r.compat, "at_once": task.at_once}
-        super().__init__(session, job, targets, video, {"model": task.name, **task.settings, **made})
+        made = {"model": task.name, **task.settings, **task.results.tracks(), "at_once": task.at_once}
+        super().__init__(session, job, targets, video, made)
         self.task, self.segmentation = task, InstanceSegmentation(task.network)
         self.turn = self.segmentation.frames_per_step
         self._check_memory()
@@ -105,7 +99,7 @@ class InstanceLane(Lane):
             if at_once == 1:
                 raise
             check_memory(network, name, self.video, self.turn)
-            self.alone, self.note = True, f"segmented by itself: {at_once} at once would not fit into memory"
+            self.alone, self.note = True, ALONE.format(at_once)
 
     def begin(self, saved: Path | None) -> None:
         network = self.task.network

@@ -43,14 +43,14 @@ class Panoptic:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Panoptic:
-        network, at_once = recipe.network()
-        settings = recipe.settings() | {"device": str(network.device)}
+        network, common = recipe.load()
+        settings = common["settings"]
         if hasattr(network.settings, "clip_length"):
             chosen = {name: settings[name] for name in ("clip_length", "compat") if name in settings}
             network.settings = replace(network.settings, **chosen)
         elif settings["clip_length"] > 1:
             raise PyvsegError(f"--clip-length {recipe.clip_length}: {recipe.model} takes every frame by itself; leave it out")
-        return cls(network, recipe.model, zoo.variant(recipe.model).classes, settings, recipe.results, at_once)
+        return cls(network, recipe.model, zoo.variant(recipe.model).classes, **common)
 
     @property
     def classes(self) -> PanopticClasses:
@@ -62,7 +62,7 @@ class Panoptic:
         return PanopticClasses(names, frozenset(s.things), self.network.divisor)
 
     def find(self, source, masks, annotations: str, sequences: list[str] | None) -> Found:
-        jobs, _ = find_videos(source, sequences)
+        jobs = find_videos(source, sequences)
         if jobs[0].name:
             return Found(jobs, False)
         video = open_video(jobs[0].video)
