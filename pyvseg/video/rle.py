@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """COCO run-length encoding: column-major runs, the first of zeros."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -11,56 +11,36 @@ from pyvseg.errors import VideoError
 
 def encode_rle(labels: np.ndarray, object_ids) -> list[dict]:
     """Compressed COCO RLE of each object in `labels`, uint8 (H, W); {"size": [H, W], "counts": str} per id."""
-    columns = np.ascontiguousarray(labels.T).ravel()
-    at = np.flatnonzero(columns[1:] != columns[:-1]) + 1
-    before, after = columns[at - 1], columns[at]
-    changes = [at[(before == i) != (after == i)] for i in object_ids]
-    set_first = np.array([len(columns) > 0 and columns[0] == i for i in object_ids], bool)
-    return _rles(np.concatenate([np.zeros(0, np.int64), *changes]), np.array([len(each) for each in changes], np.int64), set_first, labels.shape)
+    from pycocotools import mask as coco
+
+    columns = np.asfortranarray(labels)
+    return _texts([coco.encode(np.asfortranarray(columns == i, dtype=np.uint8)) for i in object_ids])
 
 
 def encode_masks(masks: np.ndarray | Tensor) -> list[dict]:
     """Compressed COCO RLE of each of the masks, bool (N, H, W). From a GPU only the ends of the runs come to main memory."""
-    count, pixels = len(masks), masks.shape[1] * masks.shape[2]
-    if isinstance(masks, Tensor):
-        columns = masks.transpose(1, 2).flatten()
-        at = (columns[1:] != columns[:-1]).nonzero()[:, 0].cpu().numpy() + 1
-    else:
-        columns = np.ascontiguousarray(masks.transpose(0, 2, 1)).ravel()
-        at = np.flatnonzero(columns[1:] != columns[:-1]) + 1
-    at = at[at % max(pixels, 1) != 0]  # there the next mask begins
-    row = at // max(pixels, 1)
-    set_first = columns[::pixels].cpu().numpy() if isinstance(masks, Tensor) else columns[:: max(pixels, 1)]
-    return _rles(at - row * pixels, np.bincount(row, minlength=count), set_first, masks.shape[1:])
+    from pycocotools import mask as coco
 
-
-def _rles(changes: np.ndarray, counts: np.ndarray, set_first: np.ndarray, size: tuple[int, int]) -> list[dict]:
-    """changes (C,): where the runs but the first of each mask begin, mask by mask; how many there are of each; whether its first pixel is set."""
-    if not len(counts):
+    if not len(masks):
         return []
-    number = counts + 2 + set_first  # of the runs' ends, 0 in front; a run of no zeros comes first where the first pixel is set
-    last = np.cumsum(number) - 1
-    ends = np.zeros(last[-1] + 1, np.int64)
-    ends[last] = size[0] * size[1]
-    ends[np.arange(len(changes)) + np.repeat(last - np.cumsum(counts), counts)] = changes
-    runs = np.delete(np.diff(ends), last[:-1])
-    return [{"size": [int(s) for s in size], "counts": text} for text in _texts(runs, number - 1)]
+    if isinstance(masks, Tensor):
+        height, width = masks.shape[1:]
+        return _texts([coco.frPyObjects({"size": [height, width], "counts": runs}, height, width) for runs in _runs_of(masks)])
+    columns = np.ascontiguousarray(masks.transpose(0, 2, 1)).view(np.uint8)
+    return _texts(coco.encode(columns.transpose(2, 1, 0)))
 
 
-def _texts(runs: np.ndarray, numbers: np.ndarray) -> list[str]:
-    """COCO's strings, which `_decompress` describes, of `numbers` runs each."""
-    starts = np.cumsum(numbers) - numbers
-    later = np.arange(len(runs)) - np.repeat(starts, numbers) > 2
-    rest = runs - np.where(later, np.concatenate([[0, 0], runs[:-2]])[: len(runs)], 0)
-    codes, going = [], np.ones(len(runs), bool)
-    while going.any():
-        digit, rest = rest & 31, rest >> 5
-        more = rest != np.where(digit & 16, -1, 0)
-        codes.append(np.where(going, digit + 48 + 32 * more, 0).astype(np.uint8))
-        going &= more
-    code = np.stack(codes, 1)
-    text, ends = code[code > 0].tobytes().decode("ascii"), np.cumsum(np.add.reduceat((code > 0).sum(1), starts))
-    return [text[a:b] for a, b in zip((0, *ends[:-1]), ends)]
+def _runs_of(masks: Tensor) -> Iterator[list[int]]:
+    """The runs of each mask, zeros first."""
+    columns = masks.transpose(1, 2).flatten(1)
+    mask, at = (columns[:, 1:] != columns[:, :-1]).nonzero().cpu().numpy().T
+    starts = np.split(at + 1, np.searchsorted(mask, np.arange(1, len(masks))))
+    for begins, set_first in zip(starts, columns[:, 0].cpu().numpy()):
+        yield [0] * int(set_first) + np.diff(begins, prepend=0, append=columns.shape[1]).tolist()
+
+
+def _texts(rles: list[dict]) -> list[dict]:
+    return [{"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")} for rle in rles]
 
 
 def decode_rle(rle: dict, size: tuple[int, int], name: str) -> np.ndarray:

@@ -6,6 +6,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -15,7 +16,7 @@ from pyvseg.errors import VideoError
 from pyvseg.video import open_video, read_labels, read_masks, write_labels
 from pyvseg.video.palette import PALETTE
 from pyvseg.video.png import decode_labels, encode_labels
-from pyvseg.video.rle import decode_rle, encode_rle
+from pyvseg.video.rle import decode_rle, encode_masks, encode_rle
 from tests.conftest import shared
 from tests.video.clips import images, square, write_images
 
@@ -61,6 +62,13 @@ def test_rle_agrees_with_pycocotools(labels):
         expected = coco.decode(rle).astype(bool)
         assert np.array_equal(expected, labels == object_id)
         assert np.array_equal(decode_rle(rle, labels.shape, "test"), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(labels_strategy)
+def test_rle_of_tensors_is_that_of_arrays(labels):
+    masks = np.stack([labels == i for i in (0, 1, 2, 9)])
+    assert encode_masks(torch.from_numpy(masks)) == encode_masks(masks) == encode_rle(labels, (0, 1, 2, 9))
 
 
 @pytest.mark.parametrize("counts", ["~~~~", "oooo", "5", "", [3000, 1], [4000], [-1, 3073], "x\u00e9", None, [[1]], ["a"]])
