@@ -138,3 +138,43 @@ TUBE_LINK = [
     (r"^track_head\.fc_embed\.", "linker.head.layers.2."),
 ]
 TUBE_LINK_IGNORED = r"relative_position_index$|num_batches_tracked$"
+
+# A stage of K-Net's kernel update, as Video K-Net and PolyphonicFormer have it: linking says "track" for what one of its
+# two ways calls nothing at all.
+KERNEL_HEAD = [
+    (r"attention_previous(_norm)?\.", r"attention_previous\1_track."),
+    (r"link_ffn(_norm)?\.", r"link_ffn\1_track."),
+    (r"attention_previous_update_track\.", "link.update."),
+    (r"attention_previous_norm_track\.", "link.norm."),
+    (r"attention_previous_track\.", "link.attention."),
+    (r"attention_previous_update_link\.", "fuse.update."),
+    (r"attention_previous_norm_link\.", "fuse.norm."),
+    (r"attention_previous_link\.", "fuse.attention."),
+    (r"link_ffn(_norm)?_track\.", r"link.ffn\1."),
+    (r"link_ffn(_norm)?_link\.", r"fuse.ffn\1."),
+    (r"kernel_update_conv\.", "update."),
+    (r"attention\.attn\.", "attention."),
+    (r"attention_norm\.", "norm."),
+    (r"feat_transform\.conv\.", "feat_transform."),
+    (r"ffn\.layers\.0\.0\.", "ffn.linear1."),
+    (r"ffn\.layers\.1\.", "ffn.linear2."),
+    (r"ffn_norm\.", "ffn.norm."),
+]
+VIDEO_KNET = [
+    (r"^neck\.(lateral|fpn)_convs\.(\d)\.conv\.", r"fpn.\1.\2."),
+    (r"^fpn\.fpn\.", "fpn.output."),
+    (r"^rpn_head\.localization_fpn\.convs_all_levels\.(\d)\.conv(\d)\.", r"initial.fpn.levels.\1.\2."),
+    (r"^rpn_head\.localization_fpn\.conv_pred\.", "initial.fpn.localization."),
+    (r"^rpn_head\.localization_fpn\.aux_convs\.0\.", "initial.fpn.semantic."),
+    (r"^rpn_head\.(loc|seg)_convs\.0\.", r"initial.\1."),
+    (r"^rpn_head\.init_kernels\.", "initial.kernels."),
+    (r"^rpn_head\.conv_seg\.", "initial.classes."),
+    (r"^roi_head\.mask_head\.", "stages."),
+    (r"^tracker\.mask_head\.", "clip_stages."),
+    (r"^embed_fcs\.", "embed.fcs."),
+    (r"^fc_embed\.", "embed.fc."),
+    (r"^track_head\.fcs\.(\d)\.", r"embed.track.layers.\1."),
+    (r"^track_head\.fc_embed\.", "embed.track.out."),
+    *KERNEL_HEAD,
+]
+VIDEO_KNET_IGNORED = r"relative_position_index$|num_batches_tracked$"

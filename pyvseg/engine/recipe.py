@@ -34,7 +34,7 @@ class Results:
     """Instance segmentation: so many tracks at most. Left out: the model's published number."""
     compat: bool = True
     """Instance segmentation: each object only once, with its likeliest class; as published it makes a track for each likely one.
-    Tube-Link, panoptic: without the published code's faults in the ids of objects."""
+    Tube-Link and Video K-Net, panoptic: without the published code's faults in the ids of objects."""
 
     def tracks(self) -> dict:
         """What the results of instance segmentation depend on, by the names of the options."""

@@ -1,90 +1,102 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One stage of K-Net's iterative kernel update, with the kernel linking of Video K-Net; published parameter names."""
+"""One stage of K-Net's iterative kernel update (Zhang et al., NeurIPS 2021), with what Video K-Net (Li et al., CVPR 2022) adds:
+kernels that know those of the frame before."""
 
 from __future__ import annotations
 
-import torch
+import math
+from typing import Literal, NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvseg.ops import KernelUpdator, kernel_update
+from pyvseg.layers.attention import Attention, FeedForward
+from pyvseg.layers.kernel_init import mask_logits
+from pyvseg.ops import KernelUpdator, mask_pool
+
+Way = Literal["attention", "update"]
 
 
-class Attention(nn.Module):
-    """Multi-head attention with the query added."""
+class KernelLink(nn.Module):
+    """Kernels attend to those of the frame before; by "update" these first take up what lies in the masks of this frame."""
 
-    def __init__(self, channels: int, heads: int) -> None:
+    HEADS = 8  # whatever the stage has, as published
+
+    def __init__(self, channels: int, ffn: int, way: Way) -> None:
         super().__init__()
-        self.attn = nn.MultiheadAttention(channels, heads, batch_first=True)
+        self.update = KernelUpdator(channels) if way == "update" else None
+        self.attention, self.norm = Attention(channels, self.HEADS), nn.LayerNorm(channels)
+        self.ffn = FeedForward(channels, ffn)
 
-    def forward(self, query: Tensor, key: Tensor | None = None) -> Tensor:  # (B, N, C), (B, M, C)
-        key = query if key is None else key
-        return query + self.attn(query, key, key, need_weights=False)[0]
-
-
-class FeedForward(nn.Module):
-    """Two linears with the input added."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Sequential(nn.Linear(channels, width), nn.ReLU()), nn.Linear(width, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
+    def forward(self, kernels: Tensor, previous: Tensor, pooled: Tensor) -> Tensor:
+        """kernels (B, N, C), previous (B, M, C), pooled (B, N, C) features; by "update" M is N -> (B, N, C)"""
+        previous = previous if self.update is None else self.update(pooled, previous)
+        return self.ffn(self.norm(self.attention(kernels, previous, previous, residual=kernels)))
 
 
-class Conv1x1(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 1)
+class Refined(NamedTuple):
+    """classes (B, N, K) logits or None, masks (B, N, h, w) logits, kernels (B, N, C), linked (B, N, C): the kernels, for tracking."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-def _branch(channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(channels, channels, bias=False), nn.LayerNorm(channels), nn.ReLU())
+    classes: Tensor | None
+    masks: Tensor
+    kernels: Tensor
+    linked: Tensor
 
 
 class KernelHead(nn.Module):
     """Pools features in the masks, updates the kernels, lets them attend to one another, predicts classes and new masks.
 
-    `link=True` adds the attention to the previous frame's kernels, whose result is for tracking only.
+    classes   0: none are predicted
+    link      how kernels for tracking come to know those of the frame before
+    fuse      how the kernels themselves do
     """
 
-    def __init__(self, channels: int = 256, heads: int = 8, ffn: int = 2048, classes: int = 19, link: bool = False) -> None:
+    def __init__(
+        self, channels: int = 256, heads: int = 8, ffn: int = 2048, classes: int = 19, link: Way | None = None, fuse: Way | None = None
+    ) -> None:
         super().__init__()
-        self.feat_transform = Conv1x1(channels)
-        self.kernel_update_conv = KernelUpdator(channels)
-        self.attention, self.attention_norm = Attention(channels, heads), nn.LayerNorm(channels)
-        self.ffn, self.ffn_norm = FeedForward(channels, ffn), nn.LayerNorm(channels)
-        self.cls_fcs, self.fc_cls = _branch(channels), nn.Linear(channels, classes)
+        self.feat_transform = nn.Conv2d(channels, channels, 1)
+        self.update = KernelUpdator(channels)
+        self.attention, self.norm = Attention(channels, heads), nn.LayerNorm(channels)
+        self.ffn = FeedForward(channels, ffn)
+        self.cls_fcs, self.fc_cls = (_branch(channels), nn.Linear(channels, classes)) if classes else (None, None)
         self.mask_fcs, self.fc_mask = _branch(channels), nn.Linear(channels, channels)
-        if link:
-            # Eight heads whatever `heads` is, as published.
-            self.attention_previous, self.attention_previous_norm = Attention(channels, 8), nn.LayerNorm(channels)
-            self.link_ffn, self.link_ffn_norm = FeedForward(channels, ffn), nn.LayerNorm(channels)
+        self.link, self.fuse = (KernelLink(channels, ffn, way) if way else None for way in (link, fuse))
+        if classes:
+            nn.init.constant_(self.fc_cls.bias, -math.log(99))
 
     def forward(
         self,
         features: Tensor,  # (B, C, h, w)
         kernels: Tensor,  # (B, N, C)
-        mask_logits: Tensor,  # (B, N, H, W); resized where they differ from the features' size
-        previous_kernels: Tensor | None = None,  # (B, M, C) of the frame before
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # class logits (B, N, classes), mask logits (B, N, h, w), kernels, linked kernels (B, N, C)
+        masks: Tensor,  # (B, N, H, W) logits; resized where they differ from the features' size
+        previous: Tensor | None = None,  # (B, M, C) kernels of the frame before
+    ) -> Refined:
         features = self.feat_transform(features)
-        if mask_logits.shape[2:] != features.shape[2:]:
-            mask_logits = F.interpolate(mask_logits, size=features.shape[2:], mode="bilinear", align_corners=False)
-        kernels = kernel_update(mask_logits, features, kernels, self.kernel_update_conv)
-        kernels = self.attention_norm(self.attention(kernels))
-        kernels = self.ffn_norm(self.ffn(kernels))
-        classes = self.fc_cls(self.cls_fcs(kernels))
-        masks = torch.einsum("bnc,bchw->bnhw", self.fc_mask(self.mask_fcs(kernels)), features)
-        return classes, masks, kernels, self.link(kernels, previous_kernels)
+        pooled = self.pool(masks, features)
+        if previous is not None and self.fuse is not None:
+            kernels = self.fuse(kernels, previous, pooled)
+        kernels = self.refine(pooled, kernels)
+        linked = kernels if previous is None or self.link is None else self.link(kernels, previous, pooled)
+        return Refined(self.classify(kernels), self.masks(kernels, features), kernels, linked)
 
-    def link(self, kernels: Tensor, previous: Tensor | None) -> Tensor:
-        """(B, N, C) kernels that know those of the frame before; in the first frame as they are."""
-        if previous is None:
-            return kernels
-        linked = self.attention_previous_norm(self.attention_previous(kernels, previous))
-        return self.link_ffn_norm(self.link_ffn(linked))
+    def pool(self, masks: Tensor, features: Tensor) -> Tensor:
+        """Of transformed features; sums (B, N, C)."""
+        if masks.shape[2:] != features.shape[2:]:
+            masks = F.interpolate(masks, features.shape[2:], mode="bilinear", align_corners=False)
+        return mask_pool(masks, features)
+
+    def refine(self, pooled: Tensor, kernels: Tensor) -> Tensor:
+        kernels = self.update(pooled, kernels)
+        return self.ffn(self.norm(self.attention(kernels, kernels, kernels, residual=kernels)))
+
+    def classify(self, kernels: Tensor) -> Tensor | None:
+        return None if self.fc_cls is None else self.fc_cls(self.cls_fcs(kernels))
+
+    def masks(self, kernels: Tensor, features: Tensor) -> Tensor:
+        """Of transformed features."""
+        return mask_logits(self.fc_mask(self.mask_fcs(kernels)), features)
+
+
+def _branch(channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(channels, channels, bias=False), nn.LayerNorm(channels), nn.ReLU())

@@ -14,10 +14,13 @@ from pyvseg.layers.kmax_backbones import ResNetSizes as TrainedResNetSizes
 from pyvseg.models.ctvis import CTVISSettings
 from pyvseg.models.genvis import GenVISSettings
 from pyvseg.models.kmax import KMaXSettings
+from pyvseg.models.knet import KNetSettings
 from pyvseg.models.mask2former import Mask2FormerSettings
 from pyvseg.models.tube_link import TubeLinkSettings
 from pyvseg.models.tube_link_panoptic import TubeLinkPanopticSettings
 from pyvseg.models.variant import Variant
+from pyvseg.models.video_knet import VideoKNetSettings
+from pyvseg.models.video_knet_instances import VideoKNetInstancesSettings
 from pyvseg.models.vita import VITASettings
 
 _TELL_TALES = (("video.pre_memory_embed_k.weight", GenVISSettings), ("video.class_embed.weight", VITASettings), ("reid_embed.layers.0.weight", CTVISSettings))
@@ -25,8 +28,27 @@ _TELL_TALES = (("video.pre_memory_embed_k.weight", GenVISSettings), ("video.clas
 
 def fitting(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[str]:
     """Names of the variants whose system, backbone, queries and classes are those of `weights`: of the families of Mask2Former, of
-    kMaX-DeepLab and of Tube-Link. An image model and a video model of the latter have the same weights."""
-    return _fitting_mask2former(weights, variants) or _fitting_kmax(weights, variants) or _fitting_tube_link(weights, variants)
+    kMaX-DeepLab (where image and video models have the same weights), of Tube-Link and of K-Net."""
+    found = (fit(weights, variants) for fit in (_fitting_mask2former, _fitting_kmax, _fitting_tube_link, _fitting_knet))
+    return next(filter(None, found), [])
+
+
+def _fitting_knet(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[str]:
+    state = map_keys(weights, key_maps.VIDEO_KNET)
+    kernels, classes = state.get("initial.kernels.weight"), state.get("initial.classes.bias")
+    if kernels is None or classes is None:
+        return []
+    ways = [_way(state, f"stages.0.{part}.") for part in ("link", "fuse")]
+    kind = VideoKNetInstancesSettings if "clip_stages.0.norm.bias" in state else VideoKNetSettings
+    found = kind, len(classes), len(kernels), _backbone(state), *ways, "embed.track.layers.1.bias" in state
+    knet = [v for v in variants if isinstance(v.settings, KNetSettings)]
+    own = lambda s: (type(s), s.classes, s.kernels, _sizes(s), s.link, s.fuse, getattr(s, "track_layers", 0) > 1)  # noqa: E731
+    return [v.name for v in knet if found == own(v.settings)]
+
+
+def _way(state: Mapping[str, Tensor], part: str) -> str | None:
+    """How a stage of K-Net links or fuses."""
+    return "update" if f"{part}update.fc_norm.bias" in state else "attention" if f"{part}norm.bias" in state else None
 
 
 def _fitting_kmax(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[str]:

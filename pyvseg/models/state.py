@@ -25,11 +25,14 @@ from pyvseg.models.mask2former_video import ClipState
 from pyvseg.models.minvis import MinVISState
 from pyvseg.models.panoptic_frames import FramesState
 from pyvseg.models.panoptic_linking import LinkState, Remembered
+from pyvseg.models.quasi_dense import QuasiDenseState, Track
 from pyvseg.models.spool import MaskStore, Spool
 from pyvseg.models.tube_link_instances import TubeLinkInstancesState
 from pyvseg.models.tube_link_maps import TubeMapsState
 from pyvseg.models.tube_link_tracker import TubeTrack, TubeTracks
 from pyvseg.models.video_kmax import VideoKMaXState
+from pyvseg.models.video_knet import VideoKNetState
+from pyvseg.models.video_knet_instances import VideoKNetClip
 from pyvseg.models.vita import VITAState
 
 _KINDS = {
@@ -37,6 +40,7 @@ _KINDS = {
     for kind in (
         CTVISState, ClipState, FloatFrameSize, FramePixels, FrameSize, FramesState, GenVISState, KMaXSize, LayerPixels, LinkState, MaskStore, MinVISState, PixelFeatures,
         Prototypes, Record, Remembered, Tracklet, TrackerState, TubeLinkInstancesState, TubeMapsState, TubeTrack, TubeTracks, VITAState, VideoKMaXState,
+        QuasiDenseState, Track, VideoKNetClip, VideoKNetState,
     )
 }  # fmt: skip
 

@@ -30,6 +30,8 @@ from pyvseg.models.tube_link_panoptic import TubeLinkPanoptic
 from pyvseg.models.tube_link_semantic import TubeLinkSemantic
 from pyvseg.models.variant import Variant
 from pyvseg.models.video_kmax import VideoKMaX
+from pyvseg.models.video_knet import VideoKNet
+from pyvseg.models.video_knet_instances import VideoKNetInstances
 from pyvseg.models.vita import VITA
 
 _STCN = STCNSettings(refine_width=None, progressive=False, memory_every=5, schedule="distance", short_side=480)
@@ -104,6 +106,9 @@ SYSTEMS = {"stcn": _VOS, "pcvos": _VOS} | {
 } | {name: System(network, key_maps.KMAX, key_maps.KMAX_IGNORED, linear_weights) for name, network in {"kmax": KMaXImages, "video_kmax": VideoKMaX}.items()} | {
     name: System(network, key_maps.TUBE_LINK, key_maps.TUBE_LINK_IGNORED, mmdet_swin)
     for name, network in {"tube_link": TubeLinkInstances, "tube_link_panoptic": TubeLinkPanoptic, "tube_link_semantic": TubeLinkSemantic}.items()
+} | {
+    name: System(network, key_maps.VIDEO_KNET, key_maps.VIDEO_KNET_IGNORED)
+    for name, network in {"video_knet": VideoKNet, "video_knet_instances": VideoKNetInstances}.items()
 }  # fmt: skip
 
 

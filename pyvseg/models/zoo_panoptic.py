@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published checkpoints of kMaX-DeepLab and Video-kMaX."""
+"""The published checkpoints of kMaX-DeepLab, Video-kMaX and, for instances too, Video K-Net."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+from pyvseg.layers import backbones
 from pyvseg.layers.kmax_backbones import CONVNEXT_B, CONVNEXT_L, CONVNEXT_S, CONVNEXT_T, DEEPLAB2_RESNET50, RESNET50
-from pyvseg.models.categories import ADE20K_THINGS, CITYSCAPES, COCO_PANOPTIC, KITTI_STEP_THINGS, VIPSEG, VIPSEG_THINGS
+from pyvseg.models.categories import ADE20K_THINGS, CITYSCAPES, COCO_PANOPTIC, KITTI_STEP_THINGS, VIPSEG, VIPSEG_THINGS, YOUTUBE_VIS_2019
 from pyvseg.models.kmax_image_results import ImagePanopticSettings
 from pyvseg.models.kmax_images import KMaXImageSettings
 from pyvseg.models.kmax_panoptic import PanopticSettings
 from pyvseg.models.panoptic_linking import LinkSettings
 from pyvseg.models.variant import Variant
 from pyvseg.models.video_kmax import VideoKMaXSettings
+from pyvseg.models.video_knet import VideoKNetSettings, things_first
+from pyvseg.models.video_knet_instances import VideoKNetInstancesSettings
 
 VIDEO_PANOPTIC = "video panoptic segmentation"
 _NEAR = {"clip_length": 2, "panoptic": PanopticSettings(0.3, 0.5), "linking": LinkSettings(confidence=0.7)}
@@ -24,6 +28,8 @@ def variants() -> Iterator[Variant]:
     yield from _images()
     yield from _vipseg()
     yield from _kitti_step()
+    yield from _video_knet()
+    yield from _video_knet_instances()
 
 
 def _images() -> Iterator[Variant]:
@@ -65,4 +71,34 @@ def _kitti_step() -> Iterator[Variant]:
         yield Variant(
             f"video_kmax_{backbone}_kitti_step", VIDEO_PANOPTIC, "video_kmax", settings, "your own checkpoint", "training", "-", {},
             "its authors published KITTI-STEP weights for TensorFlow only", CITYSCAPES,
+        )  # fmt: skip
+
+
+_KNET = {"r50": backbones.RESNET50, "swin_b": replace(backbones.SWIN_B, window=7), "swin_l": replace(backbones.SWIN_L, window=7)}
+_KNET_FILE, _KNET_WHERE = "Video K-Net checkpoint (.pth)", "the Video K-Net authors' repository"
+
+
+def _video_knet() -> Iterator[Variant]:
+    fused = {"link": "update", "fuse": "update"}
+    short = {"fuse": "update", "track_layers": 1}
+    kitti = {"r50": {}, "swin_b": fused, "swin_l": fused, "swin_l_short": short}
+    vipseg = {"r50": {}, "swin_b": {"VIPSeg val VPQ": "39.8"}}
+    for name, linked in kitti.items():
+        settings = VideoKNetSettings(backbone=_KNET[name.removesuffix("_short")], **linked)
+        note = "file with track_head.fcs.0 alone" if name.endswith("short") else ""
+        yield Variant(
+            f"video_knet_{name}_kitti_step", VIDEO_PANOPTIC, "video_knet", settings, _KNET_FILE, _KNET_WHERE, "MIT", {}, note, CITYSCAPES
+        )
+    for name, published in vipseg.items():
+        settings = VideoKNetSettings(124, 66, _KNET[name], categories=things_first(VIPSEG_THINGS, 124))
+        yield Variant(
+            f"video_knet_{name}_vipseg", VIDEO_PANOPTIC, "video_knet", settings, _KNET_FILE, _KNET_WHERE, "MIT", published, "", VIPSEG
+        )
+
+
+def _video_knet_instances() -> Iterator[Variant]:
+    for name, precision in (("r50", 40.5), ("swin_b", 54.1)):
+        yield Variant(
+            f"video_knet_{name}_ytvis19", "video instance segmentation", "video_knet_instances", VideoKNetInstancesSettings(backbone=_KNET[name]),
+            _KNET_FILE, _KNET_WHERE, "MIT", {"YouTube-VIS 2019 val AP": str(precision)}, "", YOUTUBE_VIS_2019,
         )  # fmt: skip

@@ -45,11 +45,10 @@ class Panoptic:
     def of(cls, recipe: Recipe) -> Panoptic:
         network, common = recipe.load()
         settings = common["settings"]
-        if hasattr(network.settings, "clip_length"):
-            chosen = {name: settings[name] for name in ("clip_length", "compat") if name in settings}
-            network.settings = replace(network.settings, **chosen)
-        elif settings["clip_length"] > 1:
+        if settings["clip_length"] > 1 and not hasattr(network.settings, "clip_length"):
             raise PyvsegError(f"--clip-length {recipe.clip_length}: {recipe.model} takes every frame by itself; leave it out")
+        chosen = {name: settings[name] for name in ("clip_length", "compat") if name in settings and hasattr(network.settings, name)}
+        network.settings = replace(network.settings, **chosen)
         return cls(network, recipe.model, zoo.variant(recipe.model).classes, **common)
 
     @property

@@ -24,10 +24,12 @@ from pyvseg.verify.adapters import (
     ops_kmeans_cross_attention,
     ops_memory_read,
     ops_ms_deform_attn,
+    ops_track_quasi_dense,
     pcvos,
     stcn,
     tube_link,
     video_kmax,
+    video_knet,
     vita,
 )
 from pyvseg.verify.adapters.not_covered import NotCovered
@@ -47,10 +49,13 @@ ADAPTERS = {
     "ops-kmeans_cross_attention": ops_kmeans_cross_attention.run,
     "ops-memory_read": ops_memory_read.run,
     "ops": ops_ms_deform_attn.run,  # so says the case ops-ms_deform_attn
+    "ops-track_quasi_dense": ops_track_quasi_dense.run,
     "pcvos": pcvos.run,
     "stcn": stcn.run,
     "tube_link": tube_link.run,
     "video_kmax": video_kmax.run,
+    "video_knet": video_knet.run,
+    "video_knet_vis": video_knet.run_instances,
     "vita": vita.run_vita,
 }
 

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Panoptic results of a frame (K-Net): every pixel goes to the kernel whose score times mask is largest there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import find_objects
+from torch import Tensor
+
+from pyvseg.models.frame_size import FrameSize
+from pyvseg.ops import Resampling, mask_winners
+
+NOWHERE = (-1.0, -1.0, 10.0, 10.0)  # the published box of a thing without pixels
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """top       pairs of kernel and class of things that take part
+    score     of a thing at least
+    overlap   share of the pixels inside its mask that a segment must win"""
+
+    top: int = 100
+    score: float = 0.25
+    overlap: float = 0.6
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One segment of a frame.
+
+    category   class of the model, from 0
+    kernel     and its rank among the pairs of kernels and classes of things, -1 for stuff
+    area       pixels
+    """
+
+    category: int
+    is_thing: bool
+    score: float
+    kernel: int
+    rank: int
+    area: int
+
+
+@dataclass(frozen=True)
+class FramePanoptic:
+    """labels (H, W) int16: 0 void, else 1 + the number of the segment; segments by falling score; boxes (things, 4) float32 of
+    things by x1, y1, x2, y2, first and last pixel."""
+
+    labels: np.ndarray
+    segments: list[Segment]
+    boxes: np.ndarray
+
+
+def merge(scores: Tensor, masks: Tensor, semantic: Tensor, size: FrameSize, stuff: int, upsample: int, rules: MergeSettings) -> FramePanoptic:
+    """Of one frame.
+
+    scores     (N, K) of the classes; the last `stuff` kernels and classes are of stuff, one for each other
+    masks      (N, h, w) logits at stride 8, which become probabilities at `upsample` times that size
+    semantic   (K, h, w) logits: boxes see only pixels of things in these
+    """
+    found = _candidates(scores.float().cpu(), stuff, rules)
+    # A kernel that comes again with another class comes with a lower score, and wins nowhere.
+    first = {segment.kernel: segment for segment in reversed(found)}
+    chosen = [segment for segment in found if first[segment.kernel] is segment]
+    shares = F.interpolate(masks[[segment.kernel for segment in chosen]][None].float(), scale_factor=upsample, mode="bilinear", align_corners=False)
+    shares = shares.sigmoid_()[0]
+    axes = [Resampling.bilinear(cells, padded, False).cut(shown) for cells, padded, shown in zip(shares.shape[1:], size.padded, size.source)]
+    weights = torch.tensor([segment.score for segment in chosen], device=shares.device)
+    winners = mask_winners(shares[None] * weights[:, None, None], *axes).index[0, 0]
+    area = torch.bincount(winners.flatten(), minlength=len(chosen)).tolist()
+    eligible = [i for i, segment in enumerate(chosen) if area[i] and not (segment.is_thing and segment.score < rules.score)]
+    inside = dict(zip(eligible, _inside(shares[eligible], size)))
+    kept = [i for i in eligible if inside[i] and area[i] / inside[i] >= rules.overlap]
+    kept.sort(key=lambda i: -chosen[i].score)
+    table = torch.zeros(len(chosen), dtype=torch.int16)
+    table[kept] = torch.arange(1, len(kept) + 1, dtype=torch.int16)
+    labels = table.to(winners.device)[winners.int()].cpu().numpy()
+    segments = [Segment(c.category, c.is_thing, c.score, c.kernel, c.rank, area[i]) for i, c in ((i, chosen[i]) for i in kept)]
+    return FramePanoptic(labels, segments, _boxes(labels, segments, semantic, size, scores.shape[1] - stuff))
+
+
+def _candidates(scores: Tensor, stuff: int, rules: MergeSettings) -> list[Segment]:
+    """The best pairs of kernel and class of things, then stuff, both by falling score."""
+    (kernels, classes), things = scores.shape, scores.shape[1] - stuff
+    best, pairs = scores[: kernels - stuff, :things].flatten().topk(min(rules.top, (kernels - stuff) * things))
+    found = [
+        Segment(pair % things, True, score, pair // things, rank, 0) for rank, (score, pair) in enumerate(zip(best.tolist(), pairs.tolist()))
+    ]
+    own, order = scores[kernels - stuff :, things:].diagonal().sort(descending=True, stable=True)
+    return found + [Segment(things + j, False, score, kernels - stuff + j, -1, 0) for score, j in zip(own.tolist(), order.tolist())]
+
+
+def _inside(shares: Tensor, size: FrameSize) -> list[int]:
+    """Pixels of each mask (M, h, w) of probabilities, where it is at least one half at the frame's size."""
+    step = max(1, (64 << 20) // (4 * size.padded[0] * size.padded[1]))
+    counts = []
+    for part in shares.split(step) if len(shares) else ():
+        full = F.interpolate(part[None], size.padded, mode="bilinear", align_corners=False)[0, :, : size.source[0], : size.source[1]]
+        counts += (full >= 0.5).flatten(1).sum(1).tolist()
+    return counts
+
+
+def _boxes(labels: np.ndarray, segments: list[Segment], semantic: Tensor, size: FrameSize, things: int) -> np.ndarray:
+    """As published the semantic map is stretched: to the frame's size with its padding."""
+    numbers = [i for i, segment in enumerate(segments, 1) if segment.is_thing]
+    if not numbers:
+        return np.zeros((0, 4), np.float32)
+    axes = [Resampling.bilinear(cells, source, False) for cells, source in zip(semantic.shape[1:], size.source)]
+    allowed = (mask_winners(semantic[None].float().contiguous(), *axes).index[0, 0] < things).cpu().numpy()
+    found = find_objects(labels * allowed, len(segments))
+    boxes = [
+        NOWHERE if (part := found[i - 1]) is None else (part[1].start, part[0].start, part[1].stop - 1, part[0].stop - 1) for i in numbers
+    ]
+    return np.array(boxes, np.float32)
