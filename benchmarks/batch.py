@@ -25,13 +25,13 @@ from torch import nn
 
 from benchmarks.apart import Apart
 from benchmarks.harness import machine
+from benchmarks.loaded import Loaded
 from pyvseg import checkpoints, ops
 from pyvseg.datasets.davis import Davis
 from pyvseg.engine.batch import batch
 from pyvseg.engine.jobs import Job
 from pyvseg.engine.propagate import Propagation, ready
 from pyvseg.engine.recipe import Recipe
-from pyvseg.engine.task import Task
 from pyvseg.engine.workers import Workers
 from pyvseg.metrics import vos
 from pyvseg.models import zoo
@@ -111,20 +111,6 @@ def loop(precision: str, ours: bool) -> Callable[[list[Job], Path], dict]:
         return {"seconds": time.perf_counter() - started}
 
     return run
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A recipe whose model is there already."""
-
-    recipe: Recipe
-    ready: Task
-
-    def settings(self) -> dict:
-        return self.recipe.settings()
-
-    def task(self) -> Task:
-        return self.ready
 
 
 def engine(precision: str, clip_length: int, workers: int) -> Callable[[list[Job], Path], dict]:

@@ -20,6 +20,7 @@ has() { "$PYTHON" -c "import $1" 2> /dev/null; }
 for module in torch triton pytest hypothesis numpy pybind11; do
   has $module || { echo "gpu.sh: $PYTHON has no $module" >&2; exit 2; }
 done
+has av || export PYTHONPATH="$PWD/benchmarks/without:$PYTHONPATH" # image folders only
 for tool in cmake ninja; do
   command -v $tool > /dev/null || { echo "gpu.sh: $tool is not on the PATH" >&2; exit 2; }
 done
@@ -89,7 +90,7 @@ measure() {
 # From files to files: PCVOS at 480p and CTVIS at 360p, random weights. Aims on an H100: 300 and 150 frames per second.
 end_to_end() {
   local options=(--seconds 60)
-  for module in av cv2 scipy pycocotools safetensors tqdm tyro; do
+  for module in cv2 scipy safetensors tqdm; do
     has $module || { echo "$PYTHON has no $module: skipped"; return; }
   done
   [ $DEVICE = cpu ] && options=(--quick --seconds 30)
