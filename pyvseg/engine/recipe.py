@@ -4,6 +4,7 @@ other processes and machines."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -125,5 +126,7 @@ class Recipe:
         if self.decoder == "nvdec":
             nvdec.check()
         network = zoo.load(self.model, weights=self.weights, device=self.device, precision=self.precision)
+        if network.device.type == "cuda":
+            sys.setswitchinterval(0.0005)  # seconds; for ten times as long, Python's default, a decoder or writer may keep the thread that launches waiting
         at_once = self.at_once or (4 if network.device.type == "cuda" else 1)
         return network, {"settings": self.settings() | {"device": str(network.device)}, "results": self.results, "at_once": at_once}

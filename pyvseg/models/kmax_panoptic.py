@@ -61,13 +61,11 @@ def panoptic_clip(prediction: Prediction, clip: int, things: frozenset[int], siz
     number, members = _numbers(categories[chosen].tolist(), leads.tolist(), things)
     table = torch.tensor(number, dtype=torch.uint8 if len(members) < 256 else torch.int16, device=index.device)
     labels = (table[index.int()] * sure).cpu().numpy()
-    queries = chosen.tolist()
-    boxes = boxes_of(labels, len(members))
+    begins = chosen[members]
+    features, scores, categories = (x[begins].float().cpu().numpy() for x in (prediction.embeddings[clip], scores, categories))
     segments = [
-        ClipSegment(
-            int(categories[q]), int(categories[q]) in things, float(scores[q]), prediction.embeddings[clip, q].float().cpu().numpy(), box
-        )
-        for q, box in zip((queries[m] for m in members), boxes)
+        ClipSegment(int(category), int(category) in things, float(score), feature, box)
+        for category, score, feature, box in zip(categories, scores, features, boxes_of(labels, len(members)))
     ]
     return ClipPanoptic(labels, segments)
 

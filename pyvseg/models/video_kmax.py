@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyvseg.layers.graphs import graphed
 from pyvseg.layers.kmax_backbones import DEEPLAB2_RESNET50, ConvNeXtSizes, ResNetSizes
-from pyvseg.layers.kmax_decoder import FramePixels
+from pyvseg.layers.kmax_decoder import FramePixels, LayerPixels
+from pyvseg.layers.kmax_predictor import Prediction
 from pyvseg.models.kmax import KMaX, KMaXSettings
 from pyvseg.models.kmax_panoptic import ClipPanoptic, PanopticSettings, panoptic_clip
 from pyvseg.models.kmax_size import KMaXSize
@@ -105,8 +107,16 @@ class VideoKMaX(KMaX):
         state.start, state.pixels = state.start + advance, state.pixels[advance:]
         return results
 
-    def segment_clip(self, pixels: list[FramePixels], state: VideoKMaXState) -> ClipPanoptic:
+    def predict(self, *maps: Tensor) -> tuple:
+        """The fields of a clip's `Prediction`, from the tensors of its frames' `FramePixels` one after the other."""
+        each = 2 * len(self.decoder.layers) + 1
+        frames = [maps[i : i + each] for i in range(0, len(maps), each)]
+        pixels = [FramePixels([LayerPixels(*pair) for pair in zip(frame[:-1:2], frame[1::2])], frame[-1]) for frame in frames]
         prediction, _ = self.decoder(pixels)
+        return tuple(vars(prediction).values())
+
+    def segment_clip(self, pixels: list[FramePixels], state: VideoKMaXState) -> ClipPanoptic:
+        prediction = Prediction(*graphed(self.predict, *tree_leaves(pixels)))
         clip = panoptic_clip(prediction, 0, self.things, state.size, self.settings.panoptic)
         return join_within(clip, self.settings.linking) if self.settings.linking.within_clips else clip
 

@@ -59,6 +59,13 @@ class Resampling:
         np.add.at(weights, (np.arange(len(first))[:, None], offsets), shares)
         return Resampling(self.inputs, first, weights.astype(np.float32))
 
+    def taps(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`first`, int32, and `weights` there; made once."""
+        made = self.__dict__.setdefault("_taps", {})
+        if device not in made:
+            made[device] = torch.from_numpy(self.first.astype(np.int32)).to(device), torch.from_numpy(self.weights).to(device)
+        return made[device]
+
     def apply(self, x: Tensor, dim: int, outputs: slice = slice(None)) -> Tensor:
         """Of x along `dim`, of which it makes some outputs only."""
         first, weights = self.first[outputs], torch.from_numpy(self.weights[outputs]).to(x.device)
@@ -96,8 +103,7 @@ def mask_winners(
     choice = _dispatch.choose("mask_winners", backend, logits, dtypes=(torch.float32,), slower="10 times")
     if choice == "reference":
         return MaskWinners(*reference(logits.detach(), rows, columns, best))
-    taps = (torch.from_numpy(x) for axis in (rows, columns) for x in (axis.first.astype(np.int32), axis.weights))
-    return MaskWinners(*_dispatch.kernels(choice).mask_winners(logits.detach(), *taps, best))
+    return MaskWinners(*_dispatch.kernels(choice).mask_winners(logits.detach(), *rows.taps(logits.device), *columns.taps(logits.device), best))
 
 
 def mask_bands(logits: Tensor, rows: Resampling, columns: Resampling) -> Iterator[tuple[slice, Tensor]]:

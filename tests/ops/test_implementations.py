@@ -17,6 +17,8 @@ SHAPES = [(6, 7), (3, 4), (1, 1)]
 SAMPLES = (2, 5, 2, len(SHAPES), 4)  # B, Q, H, L, P
 S = sum(h * w for h, w in SHAPES)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOAT_ONLY = {"mask_winners"}
+AXES = ops.Resampling.bilinear(5, 17, True), ops.Resampling.bilinear(6, 23, True)
 
 # public op -> (kernel that must exist, arguments: floating-point tensors are cast to the dtype tested)
 EXAMPLES: dict[str, tuple[str, Callable[[], dict]]] = {
@@ -27,6 +29,7 @@ EXAMPLES: dict[str, tuple[str, Callable[[], dict]]] = {
     "mask_costs": ("mask_cost", lambda: dict(logits=torch.randn(7, 3, 50), targets=torch.rand(4, 3, 50) > 0.5)),
     "mask_iou": ("mask_iou", lambda: dict(a=torch.rand(7, 3, 50) > 0.5, b=torch.rand(4, 3, 50) > 0.5)),
     "mask_pool": ("mask_pool", lambda: dict(masks=torch.randn(2, 5, 9, 10), features=torch.randn(2, 32, 9, 10))),
+    "mask_winners": ("mask_winners", lambda: dict(logits=4 * torch.randn(2, 7, 5, 6), rows=AXES[0], columns=AXES[1], best=2)),
     "memory_match": ("memory_match", lambda: dict(embeddings=torch.randn(2, 7, 32), memory=torch.randn(2, 9, 32))),
     "memory_read": ("memory_read", lambda: dict(memory_key=torch.randn(1, 90, 32), memory_value=torch.randn(1, 2, 90, 24), query_key=torch.randn(1, 11, 32), top_k=6)),
     "ms_deform_attn": ("ms_deform_attn", lambda: dict(value=torch.randn(2, S, 2, 32), spatial_shapes=SHAPES, sampling_locations=torch.rand(*SAMPLES, 2), attention_weights=torch.rand(*SAMPLES))),
@@ -51,7 +54,7 @@ def example(op: str, implementation: Implementation, dtype: torch.dtype) -> dict
         if not isinstance(x, Tensor):
             return x
         x = x.to(implementation.device)
-        return x.to(dtype).requires_grad_() if x.is_floating_point() else x
+        return x if op in FLOAT_ONLY else x.to(dtype).requires_grad_() if x.is_floating_point() else x
 
     return {name: place(x) for name, x in EXAMPLES[op][1]().items()}
 
@@ -148,6 +151,6 @@ def test_a_gpu_has_every_op(op):
 def test_every_kernel_of_a_public_op_has_an_example():
     public = {name for name in ops.__all__ if name[0].islower()}
     hosts = {"backend", "report", "conv3x3", "conv3x3_weight", "greedy_assignment", "hungarian_assignment", "mask_overlap"}  # no GPU kernels wanted
-    hosts |= {"axial_attention", "mask_bands", "mask_winners", "masked_attn"}  # on a GPU they are PyTorch
+    hosts |= {"axial_attention", "mask_bands", "masked_attn"}  # on a GPU they are PyTorch
     assert public - hosts <= EXAMPLES.keys()
     assert _dispatch.extension is not None

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyvseg.ops import Resampling, mask_winners
+from pyvseg.ops import MaskWinners, Resampling, mask_winners
 from pyvseg.ops.mask_winners import reference
+from tests.ops.implementations import implementations
 
 bilinear = Resampling.bilinear
 
@@ -25,11 +26,15 @@ def logits_of(t, n, h, w, spread=3.0, seed=0):
 )
 @pytest.mark.parametrize("spread", [0.3, 40.0])
 @pytest.mark.parametrize("best", [1, 2])
-def test_winners_are_those_of_the_whole_logits(isa, t, n, cells, size, spread, best):  # fmt: skip
+@pytest.mark.parametrize("implementation", implementations("mask_winners"), indirect=True)
+def test_winners_are_those_of_the_whole_logits(implementation, t, n, cells, size, spread, best):  # fmt: skip
+    if implementation.slow and n * size[0] * size[1] > 20_000:
+        pytest.skip("many queries and pixels take the interpreter long")
     logits = logits_of(t, n, *cells, spread=spread)
     rows, columns = (bilinear(c, s, True) for c, s in zip(cells, size))
     exact = columns.apply(rows.apply(logits.double(), 2), 3)
-    found = mask_winners(logits, rows, columns, best, backend="cpu")
+    (placed,) = implementation.place(logits)
+    found = MaskWinners(*(x.cpu() for x in mask_winners(placed, rows, columns, best, backend=implementation.backend)))
     top, order = exact.topk(min(best + 1, n), 1)
     share = (top - exact.logsumexp(1, keepdim=True)).exp()
     margin = 1e-5 * spread
@@ -44,11 +49,12 @@ def test_winners_are_those_of_the_whole_logits(isa, t, n, cells, size, spread, b
         assert torch.equal(found.index[k][visible].long(), order[:, k][visible])
 
 
-def test_the_first_of_equal_queries_wins(isa):
-    logits = torch.zeros(1, 40, 3, 3)
+@pytest.mark.parametrize("implementation", implementations("mask_winners"), indirect=True)
+def test_the_first_of_equal_queries_wins(implementation):
+    (logits,) = implementation.place(torch.zeros(1, 40, 3, 3))
     logits[:, [5, 37]] = 2.0
     axis = bilinear(3, 50, False)
-    for found in (mask_winners(logits, axis, axis, 2), reference(logits, axis, axis, 2)):
+    for found in (mask_winners(logits, axis, axis, 2, backend=implementation.backend), reference(logits, axis, axis, 2)):
         assert (found[0][0] == 5).all() and (found[0][1] == 37).all()
         torch.testing.assert_close(found[1][0], found[1][1])
 

@@ -70,6 +70,12 @@ def mask_iou(kernels: ModuleType) -> None:
     kernels.mask_iou(bits, bits)
 
 
+def mask_winners(kernels: ModuleType) -> None:
+    first, weights = torch.zeros(97, dtype=torch.int32), torch.zeros(97, 3)
+    for best in (1, 2):
+        kernels.mask_winners(torch.zeros(2, 100, 29, 51), first, weights, first[:65], weights[:65, :2], best)
+
+
 def memory_match(kernels: ModuleType) -> None:
     labels = torch.zeros(1, 100, dtype=torch.int64)
     for dtype, given in ((FLOAT, None), (BF16, labels)):
@@ -105,7 +111,7 @@ def point_sample(kernels: ModuleType) -> None:
 
 
 CALLS: dict[str, Callable[[ModuleType], None]] = {
-    call.__name__: call for call in (kernel_update, kmeans_attn, mask_cost, mask_iou, memory_match, memory_read, ms_deform_attn, point_sample)
+    call.__name__: call for call in (kernel_update, kmeans_attn, mask_cost, mask_iou, mask_winners, memory_match, memory_read, ms_deform_attn, point_sample)
 }
 
 

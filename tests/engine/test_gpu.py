@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Instances and panoptic maps on a GPU: the host does not wait where the next frames could be launched, and graphs change nothing."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from pyvseg.engine.instances import InstanceSegmentation, segment
+from pyvseg.engine.panoptic import segment_frames
+from pyvseg.engine.types import Frame
+from pyvseg.layers.inference import for_inference
+from pyvseg.models import zoo
+from tests.models.test_stcn_gpu import Watch
+from tests.models.test_video_kmax import video_model
+
+
+def frames(count: int) -> list[Frame]:
+    images = np.random.default_rng(0).integers(0, 256, (count, 54, 70, 3), np.uint8)
+    return [Frame(t, image, str(t)) for t, image in enumerate(images)]
+
+
+@pytest.mark.parametrize("name", ["minvis_r50_ytvis21", "ctvis_r50_ovis", "vita_r50_ytvis19", "genvis_r50_ytvis19_semionline"])
+@torch.inference_mode()
+def test_no_value_of_a_frame_decides_what_the_host_does(name, small):
+    """As a CUDA graph wants it; the first call makes constants."""
+    model = zoo.load(name, weights=small(name))
+    x = torch.randn(2, 3, 64, 96)
+    model.per_frame(x)
+    with Watch() as watch:
+        found = model.per_frame(x)
+    assert watch.found == [] and all(len(part) == 2 for part in found if isinstance(part, torch.Tensor))
+
+
+@torch.inference_mode()
+def test_no_value_of_a_panoptic_clip_does():
+    model = video_model(2)
+    x = torch.randn(2, 3, *model.settings.image_size)
+    model.encode(x)
+    with Watch() as watch:
+        pixels = model.encode(x).split()
+        model.predict(*tree_leaves(pixels))
+    assert watch.found == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["minvis_r50_ytvis21", "ctvis_r50_ovis"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_on_a_gpu_instances_wait_for_nothing(name, precision, small):
+    model = zoo.load(name, weights=small(name), device="cuda", precision=precision)
+    segmentation, given = InstanceSegmentation(model), frames(32)
+    try:
+        for frame in given:
+            if frame.index == 12:
+                segmentation.settle()  # the thread that links may still have been making constants
+                torch.cuda.set_sync_debug_mode("error")
+            segmentation.step(frame)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found, again = segmentation.finish(), segment(model, given)
+    on_cpu = segment(zoo.load(name, weights=small(name), device="cpu", precision=precision), given)
+    assert np.array_equal(found.scores, again.scores) and [each.rle for each in found] == [each.rle for each in again]
+    assert abs(float(found.scores.max()) - float(on_cpu.scores.max())) < (1e-3 if precision == "float32" else 0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_panoptic_maps_repeat_themselves(dtype):
+    model = for_inference(video_model(2).cuda(), dtype)
+    first, again = ([result.values for result in segment_frames(model, frames(8))] for _ in range(2))
+    assert len(first) == 8 and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
