@@ -19,6 +19,7 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked = None
         self.running_var -= self.eps
         self.requires_grad_(False)
+        self.eval()
 
     def train(self, mode: bool = True) -> FrozenBatchNorm2d:
         return super().train(False)

@@ -17,17 +17,28 @@ from pyvseg.models.categories import KITTI_STEP_THINGS
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.knet import KNet
 from pyvseg.models.knet_panoptic import MergeSettings
-from pyvseg.models.quasi_dense import similarity
+from pyvseg.models.quasi_dense import QuasiDenseSettings, similarity
 from pyvseg.models.video_knet import VideoKNet, VideoKNetSettings, things_first
 from pyvseg.models.video_knet_instances import VideoKNetClip, VideoKNetInstances, VideoKNetInstancesSettings
+from pyvseg.verify.adapters import video_knet_criterion
 from pyvseg.verify.adapters.kmax import MAP_RULE
 from pyvseg.verify.adapters.ops_track_quasi_dense import settings as tracker_settings
 from pyvseg.verify.adapters.taps import Taps
 
 BACKBONES = {"resnet18": ResNetSizes(18, outputs=64), "resnet50": ResNetSizes(50)}
 
+SMALL = {  # what cases of the criterion mean by the sizes of video_knet-small
+    "backbone": "resnet18", "num_thing_kernels": 20, "num_thing_classes": 2, "num_stuff_classes": 17, "stages": 2, "channels": 256, "heads": 8,
+    "ffn": 256, "mask_upsample_stride": 4, "max_per_img": 20, "instance_score_thr": 0.25, "overlap_thr": 0.6,
+}  # fmt: skip
+
 
 def run(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> Iterator[tuple]:
+    if "loss" in manifest["config"]:
+        model = VideoKNet(settings(SMALL | manifest["config"]))
+        load(model, weights)
+        yield from video_knet_criterion.run(model, weights, manifest["config"], inputs)
+        return
     model = _Recorded(settings(manifest["config"]))
     load(model, weights)
     for_inference(model, torch.float32)
@@ -42,7 +53,7 @@ def settings(config: dict) -> VideoKNetSettings:
         config["heads"], config["ffn"], upsample=config["mask_upsample_stride"],
         categories=things_first(KITTI_STEP_THINGS, things + stuff),
         merge=MergeSettings(config["max_per_img"], config["instance_score_thr"], config["overlap_thr"]),
-        tracking=tracker_settings(config["tracker"]),
+        tracking=tracker_settings(config["tracker"]) if "tracker" in config else QuasiDenseSettings(),
     )  # fmt: skip
 
 
