@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvseg.layers.packed import Packed, pack_conv, packed_conv, packs
+from pyvseg.ops import InvertedResidualWeight, inverted_residual, inverted_residual_weight
+from pyvseg.ops._dispatch import choose
 
 # (expansion, kernel, stride, output channels) of each inverted residual block, in order; the blocks below stride 16 are left out.
 _BLOCKS = (
@@ -84,6 +86,29 @@ class InvertedResidual(nn.Module):
             return self.conv2(y, residual=x if self.residual else None)
         y = self.bn2(self.conv2(y))
         return y + x if self.residual else y
+
+    def for_inference(self) -> nn.Module:
+        """Of a block whose batch norms have been folded."""
+        return _FastInvertedResidual(self)
+
+
+class _FastInvertedResidual(Packed):
+    """In float32 on a CPU as one op, which keeps the expanded map out of memory."""
+
+    def __init__(self, block: InvertedResidual) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.block
+        if x.dtype != torch.float32 or not packs(x, block.conv1.conv.weight) or choose("inverted_residual", "auto", x, slower="3 times") != "cpu":
+            return block(x)
+        weight = self.prepared("weight", self._weight)
+        return inverted_residual(x, weight, stride=block.conv1.conv.stride[0], residual=block.residual)
+
+    def _weight(self) -> InvertedResidualWeight:
+        convs = [getattr(self.block, name).conv if hasattr(self.block, name) else None for name in ("conv0", "conv1", "conv2")]
+        return inverted_residual_weight(*(conv and (conv.weight, conv.bias) for conv in convs))
 
 
 def _relu6(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:

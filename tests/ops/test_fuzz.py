@@ -93,6 +93,13 @@ def conv3x3(d: Draw) -> dict:
     return dict(x=d.tensor(N, I, H, W, dtype=torch.float32), weight=weight, relu_input=d.pick((False, True)))
 
 
+def inverted_residual(d: Draw) -> dict:
+    I, C, O, k = d.size(1, 3, 17), d.size(1, 3, 17), d.size(1, 3, 17), d.pick((1, 3, 5))
+    depthwise, project = (torch.randn(C, 1, k, k), torch.randn(C)), (torch.randn(O, C, 1, 1), torch.randn(O))
+    weight = ops.inverted_residual_weight((torch.randn(C, I, 1, 1), torch.randn(C)), depthwise, project)
+    return dict(x=d.tensor(d.size(1, 2, 0), I, d.size(), d.size(), dtype=torch.float32), weight=weight, stride=d.pick((1, min(2, k))), residual=d.pick((False, I == O)))
+
+
 def kmeans_attn(d: Draw) -> dict:
     B, T, C, D, N, H, W = d.size(1, 2, 0), d.size(1, 2), *d.sizes(5)
     return dict(pixel=d.tensor(B * T, C, H, W), clusters=d.tensor(B, N, C), value=d.tensor(B * T, D, H, W), scale=d.tensor(N, dtype=torch.float32),
@@ -193,7 +200,7 @@ def masked_attn(d: Draw) -> dict:
 
 RECIPES = {
     recipe.__name__: recipe
-    for recipe in (axial_attention, conv3x3, greedy_assignment, kernel_update, kmeans_assign, kmeans_attn, kmeans_pool, mask_costs, mask_iou,
+    for recipe in (axial_attention, conv3x3, greedy_assignment, inverted_residual, kernel_update, kmeans_assign, kmeans_attn, kmeans_pool, mask_costs, mask_iou,
                    mask_pool, mask_winners, masked_attn, memory_match, memory_read, ms_deform_attn, ms_deform_attn_fused, pack_masks, point_sample)
 } | {"hungarian_assignment": greedy_assignment}  # fmt: skip
 
@@ -281,5 +288,5 @@ def test_kernels_called_directly(op, data):
 
 
 def test_every_public_op_is_here():
-    public = {name for name in ops.__all__ if name[0].islower()} - {"backend", "report", "conv3x3_weight", "mask_overlap", "mask_bands"}
+    public = {name for name in ops.__all__ if name[0].islower()} - {"backend", "report", "conv3x3_weight", "inverted_residual_weight", "mask_overlap", "mask_bands"}
     assert public <= RECIPES.keys(), "an op without a recipe"

@@ -151,6 +151,7 @@ def test_a_gpu_has_every_op(op):
 def test_every_kernel_of_a_public_op_has_an_example():
     public = {name for name in ops.__all__ if name[0].islower()}
     hosts = {"backend", "report", "conv3x3", "conv3x3_weight", "greedy_assignment", "hungarian_assignment", "mask_overlap"}  # no GPU kernels wanted
+    hosts |= {"inverted_residual", "inverted_residual_weight"}
     hosts |= {"axial_attention", "mask_bands", "masked_attn"}  # on a GPU they are PyTorch
     assert public - hosts <= EXAMPLES.keys()
     assert _dispatch.extension is not None
