@@ -7,6 +7,7 @@ and its videos are given to others.
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
 import threading
@@ -14,7 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -187,10 +188,9 @@ def _serve(pipe: Connection, recipe, out: Path, number: int, count: int, keep: b
     tqdm.set_lock(threading.RLock())  # its own one is shared by processes, and left over where one is killed
     keep_freed_memory()
     share(count)
-    if torch.cuda.is_available() and getattr(recipe, "device", "") in (None, "cuda"):
-        gpus = torch.cuda.device_count()
-        recipe = replace(recipe, device=f"cuda:{number % gpus}")
-        torch.cuda.set_device(recipe.device)  # else every process takes memory of the first GPU too
+    if (gpus := torch.cuda.device_count()) and getattr(recipe, "device", "") in (None, "cuda"):
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or range(gpus)
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(visible[number % gpus])  # for all threads of this process, NVDEC's too; CUDA has not begun yet
         share(-(-count // gpus))
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
     stop = Event()

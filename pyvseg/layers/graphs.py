@@ -18,6 +18,7 @@ from pyvseg.layers.transfer import holding
 KEPT = 8  # graphs of a module on a stream
 _SEEN = 64  # shapes that came once
 
+_capturing = Lock()  # PyTorch captures one graph at a time
 _graphs: WeakKeyDictionary[nn.Module, dict[int, _Graphs]] = WeakKeyDictionary()
 
 
@@ -78,7 +79,7 @@ class _Graphs:
             inputs = [x.clone() for x in tensors]
         self.memory = self.memory or _Memory(inputs[0].device)
         try:
-            with holding() as constants:
+            with _capturing, holding() as constants:
                 replay, outputs = _capture(method, inputs, self.memory)
         except RuntimeError as error:
             name = f"{type(method.__self__).__name__}.{method.__name__}"
