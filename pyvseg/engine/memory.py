@@ -112,7 +112,8 @@ def total(device: torch.device) -> float:
 def available(device: torch.device) -> int | None:
     """Free bytes of a device's memory; None where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for tensors to come
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])

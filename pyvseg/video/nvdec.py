@@ -29,12 +29,21 @@ def decode(path: Path) -> Iterator[np.ndarray]:
     try:
         with _fast_backend():
             video = decoder(str(path), device="cuda", dimension_order="NHWC")
+        stream = _stream()
         for start in range(0, len(video), _TOGETHER):
-            frames = video.get_frames_in_range(start, min(start + _TOGETHER, len(video)))
-            yield from frames.data.cpu().numpy()
+            with stream:
+                frames = video.get_frames_in_range(start, min(start + _TOGETHER, len(video))).data.cpu()
+            yield from frames.numpy()
     except (RuntimeError, ValueError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise VideoError(f"{path}: NVDEC cannot decode it ({reason}); try --decoder cpu") from None
+
+
+def _stream() -> AbstractContextManager:
+    """One of its own, or every frame would come behind all that the networks have under way."""
+    import torch
+
+    return torch.cuda.stream(torch.cuda.Stream())
 
 
 def _fast_backend() -> AbstractContextManager:

@@ -2,6 +2,7 @@
 """NVDEC by torchcodec: a stand-in for the module on machines that have neither."""
 
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import av
@@ -40,6 +41,7 @@ def torchcodec(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(nvdec, "_stream", nullcontext)
 
 
 def test_the_same_frames(tmp_path, torchcodec):
