@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from pyvseg.engine.detection import detect
 from pyvseg.engine.instances import InstanceStream, segment
 from pyvseg.engine.panoptic import PanopticSegmentation, segment_frames
 from pyvseg.engine.propagate import Propagation, propagate, ready
 from pyvseg.engine.types import Frame, FrameResult
 from pyvseg.models import zoo
 from pyvseg.models.stcn import STCN
+from pyvseg.models.video_detections import VideoDetections
 from pyvseg.models.video_instances import VideoInstances
 from pyvseg.models.vos import DEFAULT_MEMORY_FRAMES
 from pyvseg.video import frames_with_masks, open_video, read_masks
@@ -117,9 +119,27 @@ class PanopticModel:
         return PanopticSegmentation(self.network)
 
 
+class DetectionModel:
+    """A loaded model for video object detection; `network` is the torch module, `classes` are the names that it knows."""
+
+    def __init__(self, network: nn.Module, classes: tuple[str, ...] = ()) -> None:
+        self.network, self.classes = network, classes
+
+    def detect(self, video: str | Path | Iterable[np.ndarray], *, top: int | None = None) -> VideoDetections:
+        """The objects of every frame: a sequence of boxes with scores and classes, best first, one entry for each frame.
+
+        video   a video file, a folder of images, or uint8 RGB arrays (H, W, 3)
+        top     so many boxes in a frame at most, None for the published 100
+
+        A frame is seen with others of the whole video, so there is nothing before its end. Raises VideoError for a video that cannot be
+        used, OutputError where the temporary folder is full.
+        """
+        return detect(self.network, open_video(video), self.classes, top)
+
+
 def load(
     name: str = "pcvos_tiny", *, weights: str | Path | None = None, device: str | None = None, precision: str = "float32"
-) -> Model | InstanceModel | PanopticModel:
+) -> Model | InstanceModel | PanopticModel | DetectionModel:
     """A named model (`pyvseg models` lists them), ready to run; see `pyvseg.models.zoo.load` for the arguments."""
     chosen = zoo.variant(name)
     network = zoo.load(name, weights=weights, device=device, precision=precision)
@@ -127,4 +147,6 @@ def load(
         return InstanceModel(network, chosen.classes)
     if chosen.task in ("video panoptic segmentation", "video semantic segmentation"):
         return PanopticModel(network, chosen.classes)
+    if chosen.task == "video object detection":
+        return DetectionModel(network, chosen.classes)
     return Model(network)

@@ -178,3 +178,28 @@ VIDEO_KNET = [
     *KERNEL_HEAD,
 ]
 VIDEO_KNET_IGNORED = r"relative_position_index$|num_batches_tracked$"
+
+# TransVOD, TransVOD++ and TransVOD Lite. The decoder's box heads stand in the files twice; the temporal encoder is never run, of
+# TransVOD++ the second and third fusion neither. TransVOD++ and Lite have single heads too, which they do not use.
+_ROUNDS = (1, 2, 3)
+TRANSVOD = [
+    (r"^backbone\.0\.body\.", "backbone."),
+    (r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"backbone.inner.\1."),
+    (r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", r"backbone.outer.\1."),
+    (r"^input_proj\.0\.", "detector.input_proj."),
+    (r"^(query_embed|class_embed|bbox_embed)\.", r"detector.\1."),
+    (r"^transformer\.(encoder|decoder)\.(?:layers\.)?", r"detector.\1."),
+    (r"^transformer\.(level_embed|reference_points)", r"detector.\1"),
+    (r"^temp_class_embed\.", "single_heads.classes."),
+    (r"^temp_bbox_embed\.", "single_heads.boxes."),
+    (r"^temp_class_embed_list\.", "class_heads."),
+    (r"^temp_bbox_embed_list\.", "box_heads."),
+    (r"^transformer\.temporal_decoder\.layers\.", "temporal_decoders."),
+    *((rf"^transformer\.temporal_decoder{n}\.layers\.0\.", f"temporal_decoders.{n - 1}.") for n in _ROUNDS),
+    *((rf"^transformer\.temporal_query_layer{n}\.", f"query_layers.{n - 1}.") for n in _ROUNDS),
+    (r"^transformer\.dynamic_layer_for_current_query1\.", "fusion."),
+    (r"^(detector\.decoder|temporal_decoders|query_layers|fusion)\.((?:\d\.)?)(linear\d)\.", r"\1.\2ffn.\3."),
+    (r"^(detector\.decoder|temporal_decoders|query_layers|fusion)\.((?:\d\.)?)norm3\.", r"\1.\2ffn.norm."),
+]
+TRANSVOD_V1 = [*TRANSVOD, (r"^single_heads\.classes\.", "class_heads.0."), (r"^single_heads\.boxes\.", "box_heads.0.")]
+TRANSVOD_IGNORED = r"^detector\.decoder\.bbox_embed\.|^transformer\.temporal_encoder_layer\.|^transformer\.dynamic_layer|^single_heads\.|relative_position_index$|num_batches_tracked$"

@@ -69,7 +69,7 @@ def batch(options: Batch) -> int:
     recipe = replace(options.recipe, weights=options.recipe.weights and options.recipe.weights.absolute())  # other machines may look for it
     if not recipe.needs_masks and options.masks is not None:
         raise PyvsegError(f"{recipe.model} finds the objects itself; leave --masks out")
-    jobs, remarks = find_inputs(list(options.inputs), options.masks, recipe.needs_masks, partial(find_videos, classes=recipe.classes, model=recipe.model))
+    jobs, remarks = find_inputs(list(options.inputs), options.masks, recipe.needs_masks, partial(find_videos, classes=recipe.classes, model=recipe.model, boxes=recipe.finds_boxes))
     for remark in remarks:
         print(f"pyvseg: {remark}", file=sys.stderr)
     keep_freed_memory()

@@ -25,6 +25,7 @@ class Eval:
         youtube-vis  AP and AR of the results.json in an OUT of `pyvseg run`, or in several; DATA: JSON of YouTube-VIS or OVIS
         vipseg       VPQ and STQ of RESULTS/pred.json with RESULTS/pan_pred/VIDEO/FRAME.png; DATA/panomasksRGB and its JSON
         kitti-step   VPQ and STQ of RESULTS/SEQUENCE/FRAME.png in KITTI-STEP's form; DATA/panoptic_maps
+        imagenet-vid AP of the boxes in results.json, as `pyvseg run` writes it; DATA: COCO-style JSON of ImageNet VID
         vspw         mIoU and mVC of RESULTS/VIDEO/FRAME.png, pixel = class + 1; DATA/data and val.txt
 
     For example

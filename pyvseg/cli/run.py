@@ -25,11 +25,13 @@ class Run:
         pyvseg run DAVIS --sequences DAVIS/ImageSets/2017/val.txt --out results
         pyvseg run street.mp4 --model ctvis_r50_ytvis19 --weights CTVIS_checkpoint.pth
         pyvseg run ytvis_2019/valid.json --model ctvis_r50_ytvis19 --weights CTVIS_checkpoint.pth --no-pngs --no-overlay
+        pyvseg run street.mp4 --model transvod_r50_vid --weights TransVOD_checkpoint.pth
 
     Models for panoptic segmentation need no masks; of them OUT receives pan_pred/VIDEO (PNGs) with pred.json, as VIPSeg has them, and
     overlay.mp4. Models for video instance segmentation need none either; of them OUT receives results.json (YouTube-VIS results), overlay.mp4
-    and masks/. They also take a folder of videos, or the JSON or the folder of a YouTube-VIS or OVIS split: then one
-    results.json holds all of them, as the evaluation server wants it.
+    and masks/, of models for video object detection results.json (COCO results) and overlay.mp4. Both also take a folder of videos, or the
+    JSON or the folder of a YouTube-VIS or OVIS split, for detection of ImageNet VID: then one results.json holds all of them, as the
+    evaluation wants it.
 
     Ctrl-C stops at the end of a clip; the same command with --resume goes on and gives the same masks.
     """

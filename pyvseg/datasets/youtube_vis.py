@@ -13,12 +13,14 @@ from pyvseg.errors import PyvsegError
 
 @dataclass(frozen=True)
 class VISVideo:
-    """One video: its id in the data set, a name for files, its images in order, and the size (height, width) that results have."""
+    """One video: its id in the data set, a name for files, its images in order, the size (height, width) that results have, and the ids
+    of its images, where they have any."""
 
     id: int | str
     name: str
     files: list[Path]
     size: tuple[int, int]
+    frame_ids: tuple[int, ...] | None = None
 
 
 class YouTubeVIS:
@@ -53,15 +55,20 @@ class YouTubeVIS:
 
     def category_ids(self, classes: tuple[str, ...], model: str) -> tuple[int | None, ...]:
         """The category id of each class of a model, by name; None where the data set has no such category."""
-        ids = {_plain(name): key for key, name in self.categories.items()}
-        found = tuple(ids.get(_plain(name)) for name in classes)
-        missing = [name for name in self.categories.values() if _plain(name) not in set(map(_plain, classes))]
-        if missing:
-            raise PyvsegError(
-                f"{self.path}: {model} does not know {len(missing)} of its {len(self.categories)} categories ({', '.join(missing[:3])}, ...); "
-                "take a model that was trained on this data set (`pyvseg models`)"
-            )
-        return found
+        return match_categories(self.path, self.categories, classes, model)
+
+
+def match_categories(path: Path, categories: dict[int, str], classes: tuple[str, ...], model: str) -> tuple[int | None, ...]:
+    """The id of each class of a model among the categories of a data set. Raises PyvsegError for categories that the model does not know."""
+    ids = {_plain(name): key for key, name in categories.items()}
+    found = tuple(ids.get(_plain(name)) for name in classes)
+    missing = [name for name in categories.values() if _plain(name) not in set(map(_plain, classes))]
+    if missing:
+        raise PyvsegError(
+            f"{path}: {model} does not know {len(missing)} of its {len(categories)} categories ({', '.join(missing[:3])}, ...); "
+            "take a model that was trained on this data set (`pyvseg models`)"
+        )
+    return found
 
 
 def find_document(folder: Path) -> list[Path]:

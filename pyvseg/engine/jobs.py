@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyvseg.datasets.davis import Davis
+from pyvseg.datasets.imagenet_vid import ImageNetVID
 from pyvseg.datasets.youtube_vis import YouTubeVIS, find_document
 from pyvseg.datasets.youtube_vos import YouTubeVOS
 from pyvseg.errors import PyvsegError, VideoError
@@ -23,6 +24,7 @@ class Job:
     id: int | str | None = None  # what results call the video; None: its name
     size: tuple[int, int] | None = None  # (height, width) that results must have
     categories: tuple[int | None, ...] | None = None  # what results call the model's classes; None: their numbers
+    frame_ids: tuple[int, ...] | None = None  # what results call the frames; None: their numbers
 
     def __post_init__(self) -> None:
         """The name becomes a folder's or a file's. Raises VideoError where it cannot."""
@@ -65,8 +67,8 @@ def find_jobs(root: Path, annotations: str = "auto", sequences: list[str] | None
     return jobs, note
 
 
-def find_videos(source, sequences: list[str] | None = None, *, classes: tuple[str, ...] = (), model: str = "") -> list[Job]:
-    """The videos behind `source`, and the data set if it is one: the JSON or the folder of a YouTube-VIS or OVIS split, a folder
+def find_videos(source, sequences: list[str] | None = None, *, classes: tuple[str, ...] = (), model: str = "", boxes: bool = False) -> list[Job]:
+    """The videos behind `source`: the JSON or the folder of a YouTube-VIS or OVIS split, with `boxes` one of ImageNet VID, a folder
     with JPEGImages/SEQUENCE, a folder of videos (files, folders of images, or VSPW's VIDEO/origin), or a single video, whose job has no
     name. The results of a data set have its categories, by the names of the model's classes."""
     root = Path(source) if isinstance(source, (str, Path)) else None
@@ -77,9 +79,9 @@ def find_videos(source, sequences: list[str] | None = None, *, classes: tuple[st
     if sum(path.suffix.lower() in IMAGE_SUFFIXES for path in inside) > len(clips):  # else they are pictures of the videos, one for each
         return [Job("", source)]
     if not clips and (root.suffix == ".json" or find_document(root)):
-        dataset = YouTubeVIS(root)
+        dataset = ImageNetVID(root) if boxes else YouTubeVIS(root)
         numbers = dataset.category_ids(classes, model) if classes else None
-        jobs = [Job(v.name, v.files, id=v.id, size=v.size, categories=numbers) for v in dataset.videos]
+        jobs = [Job(v.name, v.files, id=v.id, size=v.size, categories=numbers, frame_ids=v.frame_ids) for v in dataset.videos]
     else:
         if is_dataset(root):
             images = root / "JPEGImages"

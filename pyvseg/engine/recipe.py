@@ -30,9 +30,9 @@ class Results:
     step_pngs: bool = False
     """Panoptic segmentation: PNGs in the form of KITTI-STEP too."""
     score_threshold: float = 0.3
-    """Instance segmentation: tracks of a lower score are left out of masks and overlay; results.json has all."""
+    """Instance segmentation and object detection: tracks, or boxes, of a lower score are left out of masks and overlay; results.json has all."""
     top_k: int | None = None
-    """Instance segmentation: so many tracks at most. Left out: the model's published number."""
+    """Instance segmentation: so many tracks at most; object detection: so many boxes in a frame. Left out: the model's published number."""
     compat: bool = True
     """Instance segmentation: each object only once, with its likeliest class; as published it makes a track for each likely one.
     Tube-Link and Video K-Net, panoptic: without the published code's faults in the ids of objects."""
@@ -85,10 +85,14 @@ class Recipe:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of what instance segmentation finds; empty for other tasks."""
+        """Names of what instance segmentation and object detection find; empty for other tasks."""
         from pyvseg.models import zoo
 
-        return zoo.variant(self.model).classes if self.task_name == "video instance segmentation" else ()
+        return zoo.variant(self.model).classes if self.finds_boxes or self.task_name == "video instance segmentation" else ()
+
+    @property
+    def finds_boxes(self) -> bool:
+        return self.task_name == "video object detection"
 
     @property
     def memory_frames(self) -> int | None:
@@ -102,6 +106,9 @@ class Recipe:
         names = ["model", "weights", "precision", "decoder", "pngs", "overlay", "pyvseg"]
         if self.task_name == "video instance segmentation":
             names += self.results.tracks()
+        elif self.finds_boxes:
+            names += ["score_threshold", "top_k", "clip_length"]
+            given["clip_length"] = self.clip_length or getattr(zoo.variant(self.model).settings, "clip_length", None)
         else:
             names += ["clip_length", "max_memory_frames" if self.needs_masks else "step_pngs"]
             names += ["compat"] if hasattr(zoo.variant(self.model).settings, "compat") else []
@@ -114,6 +121,8 @@ class Recipe:
             from pyvseg.engine.tasks.following import Following as Chosen
         elif self.task_name == "video instance segmentation":
             from pyvseg.engine.tasks.instances import Instances as Chosen
+        elif self.finds_boxes:
+            from pyvseg.engine.tasks.detection import Detection as Chosen
         else:
             from pyvseg.engine.tasks.panoptic import Panoptic as Chosen
         return Chosen.of(self)

@@ -21,16 +21,18 @@ RESNETS = {
 
 @dataclass(frozen=True)
 class ResNetSizes:
-    """A ResNet with frozen batch norms; `outputs` are the channels of its stride-4 map, `width` those inside that stage."""
+    """A ResNet with frozen batch norms; `outputs` are the channels of its stride-4 map, `width` those inside that stage, `dilated` ones
+    keep stride 16 in the last stage."""
 
     depth: int = 50
     stem: int = 64
     outputs: int = 256
     width: int = 64
+    dilated: bool = False
 
     def build(self) -> nn.Module:
         block, blocks = RESNETS[self.depth]
-        return ResNet(blocks, block, width=self.width, stem=self.stem, outputs=self.outputs, norm=FrozenBatchNorm2d)
+        return ResNet(blocks, block, width=self.width, stem=self.stem, outputs=self.outputs, norm=FrozenBatchNorm2d, dilated=self.dilated)
 
 
 @dataclass(frozen=True)

@@ -117,13 +117,13 @@ class PixelDecoder(nn.Module):
         """The deformable encoder: tokens (B, S, C) of the coarse maps, stride 32 first."""
         codes = [sine_code_2d(*shape, x.shape[-1], x.device, x.dtype) for shape in shapes]
         position = torch.cat([code + embed for code, embed in zip(codes, self.level_embed)])
-        centres = torch.cat([_centres(*shape, x.device) for shape in shapes])[None, :, None].expand(len(x), -1, len(shapes), -1)
+        where = torch.cat([centres(*shape, x.device) for shape in shapes])[None, :, None].expand(len(x), -1, len(shapes), -1)
         for layer in self.layers:
-            x = layer(x, position, shapes, centres)
+            x = layer(x, position, shapes, where)
         return x
 
 
-def _centres(height: int, width: int, device: torch.device) -> Tensor:
+def centres(height: int, width: int, device: torch.device) -> Tensor:
     """(height * width, 2) normalised (x, y) of every pixel's centre, row by row."""
     y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
     x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width

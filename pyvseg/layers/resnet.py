@@ -100,6 +100,8 @@ class ResNet(nn.Module):
     outputs    channels of the first stage's map, None: `width * block.expansion`; stage i has `outputs * 2**i`
     norm       `nn.BatchNorm2d` or `FrozenBatchNorm2d`
     first_stride   of the first stage
+    dilated    the last stage keeps the size of the one before it, its kernels from the second block on are twice as wide (DC5);
+               bottlenecks only
 
     forward takes (B, inputs, H, W) and returns one feature map per stage, at strides 4, 8, 16, ...
     """
@@ -116,6 +118,7 @@ class ResNet(nn.Module):
         outputs: int | None = None,
         norm: type[nn.Module] = nn.BatchNorm2d,
         first_stride: int = 1,
+        dilated: bool = False,
     ) -> None:
         super().__init__()
         before, outputs = stem or width, outputs or width * block.expansion
@@ -124,8 +127,11 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         self.channels = tuple(outputs * 2**i for i in range(len(blocks)))
         for i, (count, after) in enumerate(zip(blocks, self.channels)):
-            strides = [1 if j else 2 if i else first_stride for j in range(count)]
+            wide = dilated and i == len(blocks) - 1
+            strides = [1 if j or wide else 2 if i else first_stride for j in range(count)]
             stage = [block(after if j else before, width * 2**i, after, stride, bias, norm) for j, stride in enumerate(strides)]
+            for inner in stage[1:] if wide else ():
+                inner.conv2.dilation = inner.conv2.padding = (2, 2)
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
             before = after
 

@@ -92,23 +92,25 @@ class Swin(nn.Module):
 
     width, depths, heads, window, mlp_ratio   as published: Swin-T is 96, (2, 2, 6, 2), (3, 6, 12, 24), 7, 4
     drop_path                                 stochastic depth of the last block in training; it grows linearly from 0
+    first                                     the first stage that has an output
 
-    forward takes (B, 3, H, W) and returns one map (B, width * 2**i, H/2**(i+2), W/2**(i+2)) per stage, sizes rounded up.
+    forward takes (B, 3, H, W) and returns one map (B, width * 2**i, H/2**(i+2), W/2**(i+2)) per stage i, sizes rounded up.
     """
 
     def __init__(
-        self, width: int, depths: tuple[int, ...], heads: tuple[int, ...], window: int, mlp_ratio: int = 4, drop_path: float = 0.3
+        self, width: int, depths: tuple[int, ...], heads: tuple[int, ...], window: int, mlp_ratio: int = 4, drop_path: float = 0.3, first: int = 0
     ) -> None:
         super().__init__()
-        self.channels = tuple(width * 2**i for i in range(len(depths)))
+        widths, self.first = tuple(width * 2**i for i in range(len(depths))), first
+        self.channels = widths[first:]
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, 4, 4), "norm": nn.LayerNorm(width)})
         drops = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
         starts = [sum(depths[:i]) for i in range(len(depths))]
         self.layers = nn.ModuleList(
             SwinStage(c, h, window, mlp_ratio, drops[start : start + depth], i == len(depths) - 1)
-            for i, (c, h, start, depth) in enumerate(zip(self.channels, heads, starts, depths))
+            for i, (c, h, start, depth) in enumerate(zip(widths, heads, starts, depths))
         )
-        for i, c in enumerate(self.channels):
+        for i, c in enumerate(self.channels, first):
             setattr(self, f"norm{i}", nn.LayerNorm(c))
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -117,6 +119,7 @@ class Swin(nn.Module):
         maps = []
         for i, stage in enumerate(self.layers):
             x = stage(x)
-            maps.append(getattr(self, f"norm{i}")(x).permute(0, 3, 1, 2))
+            if i >= self.first:
+                maps.append(getattr(self, f"norm{i}")(x).permute(0, 3, 1, 2))
             x = x if stage.downsample is None else stage.downsample(x)
         return maps

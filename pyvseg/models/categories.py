@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class names of the data sets; of those for video instances, class i of a model is category i + 1 of the data set."""
+"""Class names of the data sets; of those for video instances and ImageNet VID, class i of a model is category i + 1 of the data set."""
 
 YOUTUBE_VIS_2019 = tuple(
     "person giant_panda lizard parrot skateboard sedan ape dog snake monkey hand rabbit duck cat cow fish train horse turtle bear "
@@ -35,6 +35,10 @@ CITYSCAPES = tuple(  # train ids; also KITTI-STEP
     "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person rider car truck bus train motorcycle bicycle".split()
 )
 KITTI_STEP_THINGS = (CITYSCAPES.index("person"), CITYSCAPES.index("car"))
+IMAGENET_VID = tuple(
+    "airplane antelope bear bicycle bird bus car cattle dog domestic_cat elephant fox giant_panda hamster horse lion lizard monkey motorcycle "
+    "rabbit red_panda sheep snake squirrel tiger train turtle watercraft whale zebra".split()
+)
 COCO_THINGS = (  # class i is the i-th of the 80, whose numbers in COCO's files have gaps
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant", "stop sign", "parking meter",
     "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase",

@@ -19,6 +19,7 @@ from pyvseg.models.mask2former import Mask2FormerSettings
 from pyvseg.models.tube_link import TubeLinkSettings
 from pyvseg.models.tube_link_panoptic import TubeLinkPanopticSettings
 from pyvseg.models.variant import Variant
+from pyvseg.models.video_detector import DetectorSettings
 from pyvseg.models.video_knet import VideoKNetSettings
 from pyvseg.models.video_knet_instances import VideoKNetInstancesSettings
 from pyvseg.models.vita import VITASettings
@@ -28,8 +29,8 @@ _TELL_TALES = (("video.pre_memory_embed_k.weight", GenVISSettings), ("video.clas
 
 def fitting(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[str]:
     """Names of the variants whose system, backbone, queries and classes are those of `weights`: of the families of Mask2Former, of
-    kMaX-DeepLab (where image and video models have the same weights), of Tube-Link and of K-Net."""
-    found = (fit(weights, variants) for fit in (_fitting_mask2former, _fitting_kmax, _fitting_tube_link, _fitting_knet))
+    kMaX-DeepLab (where image and video models have the same weights), of Tube-Link, K-Net and TransVOD."""
+    found = (fit(weights, variants) for fit in (_fitting_mask2former, _fitting_kmax, _fitting_tube_link, _fitting_knet, _fitting_transvod))
     return next(filter(None, found), [])
 
 
@@ -49,6 +50,18 @@ def _fitting_knet(weights: Mapping[str, Tensor], variants: Iterable[Variant]) ->
 def _way(state: Mapping[str, Tensor], part: str) -> str | None:
     """How a stage of K-Net links or fuses."""
     return "update" if f"{part}update.fc_norm.bias" in state else "attention" if f"{part}norm.bias" in state else None
+
+
+def _fitting_transvod(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[str]:
+    state = map_keys(weights, key_maps.TRANSVOD)
+    queries, logits = state.get("detector.query_embed.weight"), state.get("detector.class_embed.0.bias")
+    if queries is None or logits is None or "query_layers.0.norm1.weight" not in state:
+        return []
+    several = "temporal_decoders.1.norm1.weight" in state
+    system = "transvodpp" if "fusion.norm1.weight" in state else "transvod_lite" if several else "transvod"
+    found = system, len(queries), len(logits), _backbone(state)
+    detectors = [v for v in variants if isinstance(v.settings, DetectorSettings)]
+    return [v.name for v in detectors if found == (v.system, v.settings.queries, v.settings.classes, _sizes(v.settings))]
 
 
 def _fitting_kmax(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[str]:

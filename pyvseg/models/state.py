@@ -30,6 +30,7 @@ from pyvseg.models.spool import MaskStore, Spool
 from pyvseg.models.tube_link_instances import TubeLinkInstancesState
 from pyvseg.models.tube_link_maps import TubeMapsState
 from pyvseg.models.tube_link_tracker import TubeTrack, TubeTracks
+from pyvseg.models.video_detector import DetectionState
 from pyvseg.models.video_kmax import VideoKMaXState
 from pyvseg.models.video_knet import VideoKNetState
 from pyvseg.models.video_knet_instances import VideoKNetClip
@@ -38,7 +39,7 @@ from pyvseg.models.vita import VITAState
 _KINDS = {
     kind.__name__: kind
     for kind in (
-        CTVISState, ClipState, FloatFrameSize, FramePixels, FrameSize, FramesState, GenVISState, KMaXSize, LayerPixels, LinkState, MaskStore, MinVISState, PixelFeatures,
+        CTVISState, ClipState, DetectionState, FloatFrameSize, FramePixels, FrameSize, FramesState, GenVISState, KMaXSize, LayerPixels, LinkState, MaskStore, MinVISState, PixelFeatures,
         Prototypes, Record, Remembered, Tracklet, TrackerState, TubeLinkInstancesState, TubeMapsState, TubeTrack, TubeTracks, VITAState, VideoKMaXState,
         QuasiDenseState, Track, VideoKNetClip, VideoKNetState,
     )

@@ -16,7 +16,7 @@ from pyvseg.checkpoints import key_maps
 from pyvseg.errors import CheckpointError, PyvsegError
 from pyvseg.layers.inference import for_inference
 from pyvseg.layers.normed import linear_weights
-from pyvseg.models import fitting, zoo_instances, zoo_panoptic, zoo_tube_link
+from pyvseg.models import fitting, zoo_detection, zoo_instances, zoo_panoptic, zoo_tube_link
 from pyvseg.models.ctvis import CTVIS
 from pyvseg.models.genvis import GenVIS
 from pyvseg.models.kmax_images import KMaXImages
@@ -24,6 +24,9 @@ from pyvseg.models.mask2former_images import Mask2FormerInstances, Mask2FormerPa
 from pyvseg.models.mask2former_video import Mask2FormerVideo
 from pyvseg.models.minvis import MinVIS
 from pyvseg.models.stcn import STCN, STCNSettings
+from pyvseg.models.transvod import TransVOD
+from pyvseg.models.transvod_lite import TransVODLite
+from pyvseg.models.transvodpp import TransVODPlusPlus
 from pyvseg.models.tube_link import mmdet_swin
 from pyvseg.models.tube_link_instances import TubeLinkInstances
 from pyvseg.models.tube_link_panoptic import TubeLinkPanoptic
@@ -66,6 +69,7 @@ ZOO = {
         *zoo_instances.variants(),
         *zoo_panoptic.variants(),
         *zoo_tube_link.variants(),
+        *zoo_detection.variants(),
     )
 }  # fmt: skip
 
@@ -109,6 +113,10 @@ SYSTEMS = {"stcn": _VOS, "pcvos": _VOS} | {
 } | {
     name: System(network, key_maps.VIDEO_KNET, key_maps.VIDEO_KNET_IGNORED)
     for name, network in {"video_knet": VideoKNet, "video_knet_instances": VideoKNetInstances}.items()
+} | {
+    "transvod": System(TransVOD, key_maps.TRANSVOD_V1, key_maps.TRANSVOD_IGNORED),
+    "transvodpp": System(TransVODPlusPlus, key_maps.TRANSVOD, key_maps.TRANSVOD_IGNORED),
+    "transvod_lite": System(TransVODLite, key_maps.TRANSVOD, key_maps.TRANSVOD_IGNORED),
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks drawn over their frame."""
+"""Masks and boxes drawn over their frame."""
+
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -52,5 +54,28 @@ def draw_captions(image: np.ndarray, labels: np.ndarray, captions: dict[int, str
                 if x < right and left < x + width and abs(y - bottom) < line:
                     y = bottom + line
             taken.append((x, x + width, y))
-            for dx, dy, colour in ((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, 255)):  # a thicker text would be a wider one
-                cv2.putText(image, text, (x + dx, y + dy), cv2.FONT_HERSHEY_SIMPLEX, scale, (colour,) * 3, thickness, cv2.LINE_AA)
+            _write(image, text, x, y, scale, thickness)
+
+
+def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: Sequence[int], texts: Sequence[str]) -> np.ndarray:
+    """Frames the boxes in the palette colours of their labels and writes each text onto its box, earlier ones on top.
+
+    image uint8 (H, W, 3) RGB, boxes (N, 4) as x1, y1, x2, y2 in pixels -> uint8 (H, W, 3) RGB, a new array
+    """
+    image, (rows, columns) = image.copy(), image.shape[:2]
+    scale = max(min(rows, columns) / 1000, 0.35)
+    thickness = max(1, round(2 * scale))
+    bound = 4 * max(rows, columns)  # a network may say anything
+    for box, label, text in reversed(list(zip(boxes, labels, texts))):
+        x1, y1, x2, y2 = np.nan_to_num(box).clip(-bound, bound).round().astype(int).tolist()
+        cv2.rectangle(image, (x1, y1), (x2, y2), PALETTE[1 + label % 255].tolist(), 2 * thickness)
+        (width, height), baseline = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
+        x, y = min(max(x1, 0), max(columns - width, 0)), min(max(y1 - baseline, height + 2), rows - baseline)
+        _write(image, text, x, y, scale, thickness)
+    return image
+
+
+def _write(image: np.ndarray, text: str, x: int, y: int, scale: float, thickness: int) -> None:
+    """White, outlined in black: a thicker text would be a wider one."""
+    for dx, dy, colour in ((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, 255)):
+        cv2.putText(image, text, (x + dx, y + dy), cv2.FONT_HERSHEY_SIMPLEX, scale, (colour,) * 3, thickness, cv2.LINE_AA)

@@ -74,10 +74,14 @@ class OverlayWriter:
             self.stream = self.container.add_stream("libx264", rate=fps or Fraction(24), options=_X264)
             self.stream.width, self.stream.height, self.stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
 
-    def write(self, result: FrameResult) -> None:
+    def draw(self, result: FrameResult) -> np.ndarray:
         image = draw_overlay(result.image, result.labels)
         if result.captions:
             draw_captions(image, result.labels, result.captions)
+        return image
+
+    def write(self, result: FrameResult) -> None:
+        image = self.draw(result)
         if image.shape[0] % 2 or image.shape[1] % 2:
             image = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge")
         with output_errors(self.path):

@@ -10,9 +10,9 @@ import importlib
 from collections.abc import Callable
 from typing import Literal
 
-Protocol = Literal["davis", "vipseg", "kitti-step", "youtube-vis", "vspw"]
+Protocol = Literal["davis", "vipseg", "kitti-step", "youtube-vis", "vspw", "imagenet-vid"]
 
-_MODULES = {"davis": "davis", "vipseg": "panoptic", "kitti-step": "panoptic", "youtube-vis": "instances", "vspw": "semantic"}
+_MODULES = {"davis": "davis", "vipseg": "panoptic", "kitti-step": "panoptic", "youtube-vis": "instances", "vspw": "semantic", "imagenet-vid": "boxes"}
 
 
 def evaluation(protocol: str) -> Callable:
