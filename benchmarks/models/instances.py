@@ -169,10 +169,13 @@ class Clock:
 
         return call
 
-    def watch(self, model: nn.Module) -> None:
+    def watch_network(self, model: nn.Module) -> None:
         model.backbone.forward = self.timed("backbone", model.backbone.forward)
         model.pixel_decoder.forward = self.timed("pixel decoder", model.pixel_decoder.forward)
-        model.decoder.refine = self.steps("decoder", model.decoder.refine)
+        model.decoder.states = self.steps("decoder", model.decoder.states)
+
+    def watch(self, model: nn.Module) -> None:
+        self.watch_network(model)
         model.decoder.predict = self.timed("decoder", model.decoder.predict)
         if isinstance(model, VITA):
             for method in ("encode", "decode"):
@@ -199,7 +202,7 @@ class Segmenting:
         with _dispatch.backend("auto" if self.ours else "reference"), self.clock.stage("frames, kept masks"):
             segmentation = InstanceSegmentation(self.model)
             if not self.ours:
-                segmentation.frames_per_step = segmentation.clip_length or 1
+                segmentation.frames_per_step = segmentation.clip_length or getattr(self.model.settings, "tube", 1)
             for i, image in enumerate(self.images):
                 segmentation.step(Frame(i, image, str(i)))
             segmentation.finish()
@@ -276,13 +279,13 @@ def main(
     for name in model:
         rows = rows_of(name, images, rounds, threads)
         record["models"][name] = {**rows, "bfloat16 deviates": deviation(name, images[:4])}
-        console.print(_table(name, rows), record["models"][name]["bfloat16 deviates"])
+        console.print(table_of(f"{name}: seconds per frame", rows), record["models"][name]["bfloat16 deviates"])
     if out:
         out.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _table(name: str, rows: dict[str, dict]) -> Table:
-    table = Table(title=f"{name}: seconds per frame")
+def table_of(title: str, rows: dict[str, dict]) -> Table:
+    table = Table(title=title)
     stages = list(rows[PUBLISHED]["shares"])
     for column in ("way", "seconds", "ratio", "CPU ratio", "MB", *stages):
         table.add_column(column, justify="left" if column == "way" else "right")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvseg.layers.transfer import constant, to_device
-from pyvseg.ops import Resampling
+from pyvseg.ops import Resampling, mask_bands
 from pyvseg.video.resize import resize_bilinear
 
 Size = tuple[int, int]
+BAND_BYTES = 16 << 20  # of full-size logits at a time
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,20 @@ class FrameSize:
         if self.resized == self.source:
             return logits
         return F.interpolate(logits, self.source, mode="bilinear", align_corners=False)
+
+    def bands(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """`upsample` and `to_source` of stride-4 logits (N, h, w), some rows at a time: float32 (N, R, W)."""
+        if self.resized != self.source:
+            yield from mask_bands(logits, *self.to_full(logits.shape[-2:]))
+            return
+        cells, (height, width) = logits.shape[1], self.source
+        step = max(1, BAND_BYTES // (16 * max(len(logits), 1) * self.padded[1]))
+        for first in range(0, -(-height // 4), step):
+            top, bottom = max(first - 1, 0), min(first + step + 1, cells)  # a row of cells more on each side
+            size = (4 * (bottom - top), self.padded[1])
+            full = F.interpolate(logits[None, :, top:bottom].float(), size, mode="bilinear", align_corners=False)[0]
+            rows = slice(4 * first, min(4 * (first + step), height))
+            yield rows, full[:, rows.start - 4 * top : rows.stop - 4 * top, :width]
 
     def to_full(self, cells: Size) -> tuple[Resampling, Resampling]:
         """`upsample` and `to_source` along rows and along columns, for `mask_bands`; `cells` are those of the stride-4 logits."""

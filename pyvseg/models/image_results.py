@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyvseg.ops import Resampling, mask_bands
+from pyvseg.models.frame_size import FrameSize
 
 
 class Segment(NamedTuple):
@@ -32,10 +32,10 @@ def semantic(logits: Tensor, masks: Tensor) -> Tensor:
     return torch.einsum("qk,qhw->khw", logits.softmax(-1)[:, :-1], masks.sigmoid())
 
 
-def semantic_labels(probabilities: Tensor, masks: Tensor, rows: Resampling, columns: Resampling) -> Tensor:
+def semantic_labels(probabilities: Tensor, masks: Tensor, size: FrameSize) -> Tensor:
     """The same for probabilities (Q, K) and stride-4 masks (Q, h, w): the label map int64 (H, W), some rows at a time."""
-    bands = (torch.einsum("qk,qhw->khw", probabilities, band.sigmoid()).argmax(0) for _, band in mask_bands(masks, rows, columns))
-    return torch.cat(list(bands))
+    bands = (torch.einsum("qk,qhw->khw", probabilities, band.sigmoid()) for _, band in size.bands(masks))
+    return torch.cat([band.max(0).indices for band in bands])
 
 
 def panoptic(

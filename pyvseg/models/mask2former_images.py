@@ -23,7 +23,7 @@ class Mask2FormerImages(Mask2Former):
     def semantic(self, image: np.ndarray) -> np.ndarray:
         """Classes int64 (H, W)."""
         logits, masks, size = self._predict(image)
-        return semantic_labels(logits.softmax(-1)[:, :-1], masks, *size.to_full(masks.shape[-2:])).cpu().numpy()
+        return semantic_labels(logits.softmax(-1)[:, :-1], masks, size).cpu().numpy()
 
     @torch.inference_mode()
     def panoptic(self, image: np.ndarray) -> tuple[np.ndarray, list[Segment]]:

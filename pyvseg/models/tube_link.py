@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyvseg.layers.graphs import graphed
 from pyvseg.layers.packed import products
 from pyvseg.layers.pixel_decoder import PixelFeatures
 from pyvseg.models.mask2former import Mask2Former, Mask2FormerSettings
@@ -54,8 +55,12 @@ class TubeLink(Mask2Former):
     def segment_tube(self, frames: list[PixelFeatures]) -> Tube:
         """Queries see all frames of a tube together."""
         features = joined(frames)
-        *_, (states, queries) = self.decoder.states(features)
-        return Tube(states[0], self.decoder.class_embed(queries)[0].float(), self.decoder.mask_embed(queries)[0], features.masks)
+        return Tube(*graphed(self.predict, features.masks, *features.levels), features.masks)
+
+    def predict(self, masks: Tensor, *levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries, logits and embeddings of a `Tube`, from the `PixelFeatures` of its frames."""
+        *_, (states, queries) = self.decoder.states(PixelFeatures(masks, list(levels), masks.new_empty(0)))
+        return states[0], self.decoder.class_embed(queries)[0].float(), self.decoder.mask_embed(queries)[0]
 
 
 def mmdet_swin(weights: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:

@@ -20,6 +20,6 @@ class TubeLinkSemantic(TubeMaps):
     def segment_clip(self, frames: list[PixelFeatures], state: TubeMapsState) -> Tensor:
         """Classes (T, H, W), uint8 or int16; no pixel is void."""
         tube = self.segment_tube(frames)
-        axes, kept = state.size.to_full(tube.pixels.shape[-2:]), torch.uint8 if self.settings.classes < 255 else torch.int16
+        kept = torch.uint8 if self.settings.classes < 255 else torch.int16
         probabilities = tube.logits.softmax(-1)[:, :-1]
-        return torch.stack([semantic_labels(probabilities, tube.masks(t), *axes).to(kept) for t in range(len(frames))])
+        return torch.stack([semantic_labels(probabilities, tube.masks(t), state.size).to(kept) for t in range(len(frames))])

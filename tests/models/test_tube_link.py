@@ -275,7 +275,7 @@ def test_won_segments_are_mask2formers():
     torch.manual_seed(1)
     size = FrameSize.of(52, 64, 40)
     masks, scores = 4 * F.interpolate(torch.randn(7, 1, 4, 5), (16, 16), mode="bicubic")[:, 0], torch.rand(7) / 5 + 0.8
-    labels, counts = won_segments(masks, scores, *size.to_full((16, 16)), 0.5)
+    labels, counts = won_segments(masks, scores, size, 0.5)
     logits = torch.full((7, 8), -30.0)
     logits[range(7), range(7)], logits[:, 7] = scores.log(), (1 - scores).log()
     full = size.to_source(size.upsample(masks[None].double().float()))[0]
@@ -283,7 +283,7 @@ def test_won_segments_are_mask2formers():
     table = torch.tensor([0, *(s.category + 1 for s in segments)])
     assert (table[exact.long()] != labels.long()).float().mean() < 1e-3 and 1 < len(segments) < 7
     assert counts.nonzero()[:, 0].tolist() == [s.category for s in segments]
-    nothing, none = won_segments(masks[:0], scores[:0], *size.to_full((16, 16)), 0.5)
+    nothing, none = won_segments(masks[:0], scores[:0], size, 0.5)
     assert nothing.shape == (52, 64) and not nothing.any() and none.shape == (0,)
 
 
