@@ -66,14 +66,17 @@ def merge(scores: Tensor, masks: Tensor, semantic: Tensor, size: FrameSize, stuf
     # A kernel that comes again with another class comes with a lower score, and wins nowhere.
     first = {segment.kernel: segment for segment in reversed(found)}
     chosen = [segment for segment in found if first[segment.kernel] is segment]
-    shares = F.interpolate(masks[[segment.kernel for segment in chosen]][None].float(), scale_factor=upsample, mode="bilinear", align_corners=False)
-    shares = shares.sigmoid_()[0]
+    logits = masks[[segment.kernel for segment in chosen]].float()
+    peaks = F.max_pool2d(logits, 3, 1, 1)  # no pixel of a cell's is above them
+    chosen, rows = _contenders(chosen, logits, peaks)
+    logits, peaks = logits[rows], peaks[rows]
+    shares = _shares(logits, upsample)
     axes = [Resampling.bilinear(cells, padded, False).cut(shown) for cells, padded, shown in zip(shares.shape[1:], size.padded, size.source)]
     weights = torch.tensor([segment.score for segment in chosen], device=shares.device)
-    winners = mask_winners(shares[None] * weights[:, None, None], *axes).index[0, 0]
+    winners = mask_winners(shares.mul_(weights[:, None, None])[None], *axes).index[0, 0]
     area = torch.bincount(winners.flatten(), minlength=len(chosen)).tolist()
     eligible = [i for i, segment in enumerate(chosen) if area[i] and not (segment.is_thing and segment.score < rules.score)]
-    inside = dict(zip(eligible, _inside(shares[eligible], size)))
+    inside = dict(zip(eligible, _inside(logits[eligible], peaks[eligible] >= 0, size, upsample)))
     kept = [i for i in eligible if inside[i] and area[i] / inside[i] >= rules.overlap]
     kept.sort(key=lambda i: -chosen[i].score)
     table = torch.zeros(len(chosen), dtype=torch.int16)
@@ -94,14 +97,34 @@ def _candidates(scores: Tensor, stuff: int, rules: MergeSettings) -> list[Segmen
     return found + [Segment(things + j, False, score, kernels - stuff + j, -1, 0) for score, j in zip(own.tolist(), order.tolist())]
 
 
-def _inside(shares: Tensor, size: FrameSize) -> list[int]:
-    """Pixels of each mask (M, h, w) of probabilities, where it is at least one half at the frame's size."""
-    step = max(1, (64 << 20) // (4 * size.padded[0] * size.padded[1]))
-    counts = []
-    for part in shares.split(step) if len(shares) else ():
-        full = F.interpolate(part[None], size.padded, mode="bilinear", align_corners=False)[0, :, : size.source[0], : size.source[1]]
-        counts += (full >= 0.5).flatten(1).sum(1).tolist()
-    return counts
+def _contenders(chosen: list[Segment], logits: Tensor, peaks: Tensor) -> tuple[list[Segment], list[int]]:
+    """Those of (N, h, w) that may win a pixel somewhere: of most kernels others are larger everywhere, by the bounds of each cell."""
+    weights = torch.tensor([segment.score for segment in chosen], device=logits.device)[:, None, None]
+    least = -F.max_pool2d(-logits, 3, 1, 1)
+    sure = (least.sigmoid_() * weights).amax(0)
+    rows = (peaks.sigmoid() * weights * (1 + 1e-5) >= sure).flatten(1).any(1).nonzero()[:, 0].tolist()
+    return [chosen[row] for row in rows], rows
+
+
+def _shares(logits: Tensor, upsample: int) -> Tensor:
+    """(N, h, w) logits -> (N, upsample * h, upsample * w) probabilities."""
+    return F.interpolate(logits[None], scale_factor=upsample, mode="bilinear", align_corners=False)[0].sigmoid_()
+
+
+def _inside(logits: Tensor, near: Tensor, size: FrameSize, upsample: int) -> list[int]:
+    """Pixels of each mask (M, h, w), where it is at least one half at the frame's size. `near` (M, h, w) bool says in which cells
+    that can be; only the box of these is made."""
+    counts, scale = [], size.padded[0] // logits.shape[1]
+    for mask, lines in zip(logits, zip(near.any(2).cpu().numpy(), near.any(1).cpu().numpy())):
+        parts, pixels = [], []
+        for line, shown in zip(map(np.flatnonzero, lines), size.source):
+            first, last = (line[0], line[-1]) if len(line) else (0, -1)
+            start = max(first - 1, 0)  # a cell more on each side, for the interpolation
+            parts.append(slice(start, last + 2))
+            pixels.append(slice((first - start) * scale, min((last + 1) * scale, shown) - start * scale))
+        full = F.interpolate(_shares(mask[None, *parts], upsample)[None], scale_factor=scale // upsample, mode="bilinear", align_corners=False)
+        counts.append((full[0, 0][tuple(pixels)] >= 0.5).sum())
+    return torch.stack(counts).tolist() if counts else []
 
 
 def _boxes(labels: np.ndarray, segments: list[Segment], semantic: Tensor, size: FrameSize, things: int) -> np.ndarray:
