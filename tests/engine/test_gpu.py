@@ -11,8 +11,12 @@ from pyvseg.engine.panoptic import segment_frames
 from pyvseg.engine.types import Frame
 from pyvseg.layers.inference import for_inference
 from pyvseg.models import zoo
+from pyvseg.models.video_knet import VideoKNet
+from pyvseg.models.video_knet_instances import VideoKNetInstances
 from tests.models.test_stcn_gpu import Watch
 from tests.models.test_video_kmax import video_model
+from tests.models.test_video_knet import INSTANCES, PANOPTIC
+from tests.models.test_video_knet import small as small_knet
 
 
 def frames(count: int) -> list[Frame]:
@@ -20,7 +24,7 @@ def frames(count: int) -> list[Frame]:
     return [Frame(t, image, str(t)) for t, image in enumerate(images)]
 
 
-@pytest.mark.parametrize("name", ["minvis_r50_ytvis21", "ctvis_r50_ovis", "vita_r50_ytvis19", "genvis_r50_ytvis19_semionline"])
+@pytest.mark.parametrize("name", ["minvis_r50_ytvis21", "ctvis_r50_ovis", "vita_r50_ytvis19", "genvis_r50_ytvis19_semionline", "tube_link_r50_ytvis19"])
 @torch.inference_mode()
 def test_no_value_of_a_frame_decides_what_the_host_does(name, small):
     """As a CUDA graph wants it; the first call makes constants."""
@@ -41,6 +45,16 @@ def test_no_value_of_a_panoptic_clip_does():
         pixels = model.encode(x).split()
         model.predict(*tree_leaves(pixels))
     assert watch.found == []
+
+
+@torch.inference_mode()
+def test_no_value_of_a_frame_of_kernels_does():
+    x = torch.randn(2, 3, 64, 96)
+    for method in (for_inference(small_knet(VideoKNet, PANOPTIC), torch.float32).encode, for_inference(small_knet(VideoKNetInstances, INSTANCES), torch.float32).per_frame):
+        method(x)
+        with Watch() as watch:
+            method(x)
+        assert watch.found == []
 
 
 @pytest.mark.gpu
