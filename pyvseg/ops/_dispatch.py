@@ -117,6 +117,9 @@ def _missing(op: str, name: str, library: str) -> str:
 def _warn(op: str, device: str, slower: str) -> None:
     if (op, device) in _warned or device == "meta":
         return
+    file = _fakes[op].__module__.rpartition(".")[2] if op in _fakes else op
+    if device == "cuda" and not importlib.util.find_spec(f"pyvseg.kernels.{file}"):
+        return  # nobody wrote one: there PyTorch's own operations are near the best
     _warned.add((op, device))
     reason = missing(op, device) if device in BACKENDS else f"no kernels for {device} tensors"
     warnings.warn(f"pyvseg.ops.{op} runs on the PyTorch reference, about {slower} slower: {reason}", stacklevel=6)

@@ -91,8 +91,6 @@ def _plan(
         raise ValueError(f"qkv must have at most {rows // 2 + 1} positions along axis {axis}, as the tables have, got shape {tuple(qkv.shape)}")
     if 0 in qkv.shape[:3] or value_scale.numel() == 0:
         return "empty"
-    if backend == "auto" and qkv.device.type == "cuda":  # products and softmax of small matrices, which a graph launches
-        return "reference"
     choice = _dispatch.choose("axial_attention", backend, *tensors.values(), slower="4 times")
     return "reference" if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()) else choice
 

@@ -2,6 +2,7 @@
 """What every implementation of every op must do, on one small problem each: agree with the reference, and repeat itself to
 the bit in deterministic mode. On a GPU also: be captured in a CUDA graph, and never make the host wait."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -155,3 +156,14 @@ def test_every_kernel_of_a_public_op_has_an_example():
     hosts |= {"axial_attention", "mask_bands", "masked_attn"}  # on a GPU they are PyTorch
     assert public - hosts <= EXAMPLES.keys()
     assert _dispatch.extension is not None
+
+
+def test_only_ops_with_gpu_kernels_tell_that_they_lack_them(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_warned", set())
+    monkeypatch.setattr(_dispatch, "missing", lambda op, name: "no GPU")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for op in ("axial_attention", "conv3x3", "masked_attn"):
+            _dispatch._warn(op, "cuda", "3 times")
+    with pytest.warns(UserWarning, match="kmeans_pool runs on the PyTorch reference"):
+        _dispatch._warn("kmeans_pool", "cuda", "3 times")
