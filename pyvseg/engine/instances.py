@@ -17,7 +17,7 @@ from pyvseg.engine.trace import span
 from pyvseg.engine.types import Frame
 from pyvseg.errors import PyvsegError, VideoError
 from pyvseg.layers.graphs import graphed
-from pyvseg.layers.transfer import Arriving, arrived, from_device
+from pyvseg.layers.transfer import Arriving, arrived, from_device, on_gpu
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.video_instances import Selection, VideoInstances
 
@@ -37,7 +37,7 @@ class InstanceSegmentation:
         self.clip_length = getattr(model.settings, "clip_length", None)  # None: frames are segmented one by one in any case
         self.frames_per_step = max(_TOGETHER // (self.clip_length or 1), 1) * (self.clip_length or 1)
         self.pending: list[np.ndarray] = []
-        self._linker = ThreadPoolExecutor(1, "pyvseg-link") if model.framewise and model.device.type == "cuda" else None
+        self._linker = ThreadPoolExecutor(1, "pyvseg-link") if model.framewise and on_gpu(model.device) else None
         self._linked: Future | None = None
 
     def add(self, frame: Frame) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from pyvseg.layers.transfer import holding
+from pyvseg.layers.transfer import holding, on_gpu
 
 KEPT = 8  # graphs of a module on a stream
 _SEEN = 64  # shapes that came once
@@ -32,7 +32,7 @@ def graphed(method: Callable, *tensors: Tensor) -> Any:
         return method(*tensors)
     module, device = method.__self__, tensors[0].device
     of_module = _graphs.setdefault(module, {})
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = torch.cuda.current_stream(device).cuda_stream
     weights = next(module.parameters()).data_ptr()  # a graph reads the memory where they were
     if stream not in of_module or of_module[stream].weights[0].data_ptr() != weights:
         of_module[stream] = _Graphs(module)
@@ -40,7 +40,7 @@ def graphed(method: Callable, *tensors: Tensor) -> Any:
 
 
 def _applies(tensors: tuple[Tensor, ...]) -> bool:
-    if not tensors[0].is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not on_gpu(tensors[0].device) or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return not torch.cuda.is_current_stream_capturing()
 
@@ -104,9 +104,7 @@ class _Memory:
     """What graphs that never run at the same time share: a stream to capture on, and its memory."""
 
     def __init__(self, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if on_gpu else None
-        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
 
 def _capture(method: Callable, inputs: list[Tensor], memory: _Memory) -> tuple[Callable[[], None], Any]:

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def to_device(images: Sequence[np.ndarray] | np.ndarray, device: torch.device) -> Tensor:
     """The images, uint8 (H, W, 3), all of a size, as a tensor (L, H, W, 3) on the device. To a GPU by pinned memory, whose blocks PyTorch
     uses again as soon as they are free, on a stream that does nothing else."""
-    if device.type != "cuda":
+    if not on_gpu(device):
         return torch.from_numpy(np.ascontiguousarray(images)).to(device)
     pinned = torch.empty(len(images), *images[0].shape, dtype=torch.uint8, pin_memory=True)
     np.stack(images, out=pinned.numpy())
@@ -36,7 +40,7 @@ def _stream(device: torch.device, use: str) -> torch.cuda.Stream:
 @contextmanager
 def aside(device: torch.device) -> Iterator[None]:
     """On a GPU the block's work goes to a stream for threads beside the model's, behind all that is under way when it begins."""
-    if device.type != "cuda":
+    if not on_gpu(device):
         yield
         return
     stream = _stream(device, "aside")
@@ -110,7 +114,7 @@ class Arriving:
 
 def from_device(x: Tensor) -> Tensor | Arriving:
     """The tensor in main memory; from a GPU as something that is to be waited for."""
-    return Arriving(x) if x.device.type == "cuda" else x
+    return Arriving(x) if on_gpu(x.device) else x
 
 
 def arrived(x: Tensor | Arriving) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyvseg.layers.transfer import on_gpu
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.spool import Segments
 from pyvseg.video.rle import decode_rle, encode_masks
@@ -141,7 +142,7 @@ def render(
                 inside[some] += (judged > 0).flatten(1).sum(1).float().cpu()
                 total[some] += (judged.sigmoid() * (judged > 0)).flatten(1).sum(1).cpu()
             masks = shown > 0
-            for i, rle in zip(some, encode_masks(masks if masks.is_cuda else masks.numpy())):
+            for i, rle in zip(some, encode_masks(masks if on_gpu(masks.device) else masks.numpy())):
                 if rle["counts"] != nothing:
                     segments.put(objects[i], t, rle)
     scores = chosen.scores.float().cpu()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyvseg import checkpoints
 from pyvseg.errors import CheckpointError
-from pyvseg.layers.transfer import Arriving, constant, to_device
+from pyvseg.layers.transfer import Arriving, constant, on_gpu, to_device
 from pyvseg.models.memory import MemoryBank
 
 DEFAULT_MEMORY_FRAMES = 16
@@ -44,7 +44,7 @@ class Geometry:
         The published order: normalise, then resize by bicubic interpolation without antialiasing, then pad with zeros. On a CPU the
         first two change places, which only rounds differently, for OpenCV's resizing: 8 times as fast and closer to float64.
         """
-        if device.type == "cpu":
+        if not on_gpu(device):
             return self._frames_on_cpu(images, mean, std)
         x = to_device(images, device).permute(0, 3, 1, 2) / 255
         x = (x - constant(tuple(mean), device).view(3, 1, 1)) / constant(tuple(std), device).view(3, 1, 1)
@@ -76,7 +76,7 @@ class Geometry:
         """Probabilities (K + 1, L, h, w) of the background and of `ids` -> L label images, uint8 (H, W); ties go to the lower place."""
         left, _, top, _ = self.padding
         probabilities = probabilities[..., top : top + self.resized[0], left : left + self.resized[1]]
-        if probabilities.device.type == "cpu":
+        if not on_gpu(probabilities.device):
             return [_most_probable([self._resized_back(plane) for plane in frame], ids) for frame in probabilities.transpose(0, 1).numpy()]
         together = max(1, _CHUNK_BYTES // (4 * len(probabilities) * self.source[0] * self.source[1]))
         values = constant((0, *ids), probabilities.device, torch.uint8)

@@ -6,13 +6,20 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from pyvseg.engine.batch import batch
 from pyvseg.engine.instances import InstanceSegmentation, segment
+from pyvseg.engine.jobs import Job
 from pyvseg.engine.panoptic import segment_frames
+from pyvseg.engine.propagate import propagate
+from pyvseg.engine.recipe import Recipe, Results
 from pyvseg.engine.types import Frame
 from pyvseg.layers.inference import for_inference
 from pyvseg.models import zoo
+from pyvseg.models.stcn import STCN
 from pyvseg.models.video_knet import VideoKNet
 from pyvseg.models.video_knet_instances import VideoKNetInstances
+from tests.gpu_standin import like_a_gpu  # noqa: F401  (a fixture)
+from tests.models.test_stcn import SMALL, square, video
 from tests.models.test_stcn_gpu import Watch
 from tests.models.test_video_kmax import video_model
 from tests.models.test_video_knet import INSTANCES, PANOPTIC
@@ -55,6 +62,38 @@ def test_no_value_of_a_frame_of_kernels_does():
         with Watch() as watch:
             method(x)
         assert watch.found == []
+
+
+def test_objects_followed_as_on_a_gpu(request):
+    torch.manual_seed(0)
+    model, masks = for_inference(STCN(SMALL), torch.float32), {0: square(4, 8, 8), 2: square(1, 30, 40)}
+    given = [Frame(t, image, str(t), masks.get(t)) for t, image in enumerate(video(16))]
+    expected = [result.labels for result in propagate(model, given, clip_length=3)]
+    captured = request.getfixturevalue("like_a_gpu")
+    found = [result.labels for result in propagate(model, given, clip_length=3)]
+    assert all(isinstance(a, np.ndarray) and (a != b).mean() < 1e-3 for a, b in zip(found, expected, strict=True))
+    assert {"parts", "decode"} == set(captured)
+
+
+@pytest.mark.parametrize("name", ["minvis_r50_ytvis21", "ctvis_r50_ovis", "vita_r50_ytvis19", "genvis_r50_ytvis19_semionline", "tube_link_r50_ytvis19"])
+def test_a_batch_of_instances_as_on_a_gpu(name, small, clip, tmp_path, request):
+    recipe = Recipe(name, small(name), "cpu", results=Results(pngs=False, overlay=False), at_once=2)
+    jobs = [Job(n, clip, None) for n in ("a", "b", "c")]
+    batch(jobs, recipe, tmp_path / "expected", progress=False)
+    captured = request.getfixturevalue("like_a_gpu")
+    report = batch(jobs, recipe, tmp_path / "found", progress=False)
+    assert report.done == 3 and "per_frame" in captured
+    for job in jobs:
+        found, expected = ((tmp_path / where / job.name / "results.json").read_text() for where in ("found", "expected"))
+        assert found == expected
+
+
+def test_panoptic_maps_as_on_a_gpu(request):
+    model = for_inference(video_model(2), torch.float32)
+    expected = [result.values for result in segment_frames(model, frames(7))]
+    captured = request.getfixturevalue("like_a_gpu")
+    found = [result.values for result in segment_frames(model, frames(7))]
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)) and {"encode", "predict"} == set(captured)
 
 
 @pytest.mark.gpu

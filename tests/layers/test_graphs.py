@@ -2,6 +2,7 @@
 """Methods as CUDA graphs: which calls are captured, and that results are those of the method."""
 
 import weakref
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -49,6 +50,8 @@ def emulated(method, inputs, memory=None):
 @pytest.fixture
 def on_gpu(monkeypatch):
     monkeypatch.setattr(graphs, "_applies", lambda tensors: True)
+    monkeypatch.setattr(graphs, "_Memory", lambda device: "memory")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from pyvseg.engine.recipe import Recipe, Results
 from pyvseg.engine.task import ALONE, Found, Lane, Session, opened
 from pyvseg.engine.trace import span, spans
 from pyvseg.errors import VideoError
-from pyvseg.layers.transfer import aside
+from pyvseg.layers.transfer import aside, on_gpu
 from pyvseg.models.state import load_state, save_state
 from pyvseg.models.video_instances import VideoInstances
 from pyvseg.video.masks import MAX_OBJECTS
@@ -113,7 +113,7 @@ class InstanceLane(Lane):
 
     def step(self) -> None:
         self.whole = self.at_end and not self.session.stop.is_set()
-        if self.whole and self.task.network.device.type == "cpu":
+        if self.whole and not on_gpu(self.task.network.device):
             self._finish()
 
     def _finish(self) -> None:
