@@ -173,8 +173,8 @@ VIDEO_KNET = [
     (r"^tracker\.mask_head\.", "clip_stages."),
     (r"^embed_fcs\.", "embed.fcs."),
     (r"^fc_embed\.", "embed.fc."),
-    (r"^track_head\.fcs\.(\d)\.", r"embed.track.layers.\1."),
-    (r"^track_head\.fc_embed\.", "embed.track.out."),
+    (r"^track_head\.fcs\.(\d)\.", r"embed.layers.\1."),
+    (r"^track_head\.fc_embed\.", "embed.out."),
     *KERNEL_HEAD,
 ]
 VIDEO_KNET_IGNORED = r"relative_position_index$|num_batches_tracked$"

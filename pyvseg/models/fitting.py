@@ -39,15 +39,15 @@ def _fitting_knet(weights: Mapping[str, Tensor], variants: Iterable[Variant]) ->
     kernels, classes = state.get("initial.kernels.weight"), state.get("initial.classes.bias")
     if kernels is None or classes is None:
         return []
-    ways = [_way(state, f"stages.0.{part}.") for part in ("link", "fuse")]
+    ways = [way(state, f"stages.0.{part}.") for part in ("link", "fuse")]
     kind = VideoKNetInstancesSettings if "clip_stages.0.norm.bias" in state else VideoKNetSettings
-    found = kind, len(classes), len(kernels), _backbone(state), *ways, "embed.track.layers.1.bias" in state
+    found = kind, len(classes), len(kernels), _backbone(state), *ways, "embed.layers.1.bias" in state
     knet = [v for v in variants if isinstance(v.settings, KNetSettings)]
     own = lambda s: (type(s), s.classes, s.kernels, _sizes(s), s.link, s.fuse, getattr(s, "track_layers", 0) > 1)  # noqa: E731
     return [v.name for v in knet if found == own(v.settings)]
 
 
-def _way(state: Mapping[str, Tensor], part: str) -> str | None:
+def way(state: Mapping[str, Tensor], part: str) -> str | None:
     """How a stage of K-Net links or fuses."""
     return "update" if f"{part}update.fc_norm.bias" in state else "attention" if f"{part}norm.bias" in state else None
 

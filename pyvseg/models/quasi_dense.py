@@ -41,23 +41,20 @@ class QuasiDenseSettings:
 
 @dataclass
 class Track:
-    """embedding (C,), box (5,) float32 as in `Detections`, label, and the frame where it was seen last."""
+    """embedding (C,) and box (5,) as in `Detections`, label, and the frame where it was seen last."""
 
-    embedding: Tensor
+    embedding: np.ndarray
     box: np.ndarray
     label: int
     last: int
 
 
 class Detections(NamedTuple):
-    """boxes (N, 5) float32: x1, y1, x2, y2 in pixels and the score; labels (N,) int64; embeddings (N, C)."""
+    """boxes (N, 5) float32: x1, y1, x2, y2 in pixels and the score; labels (N,) int64; embeddings (N, C) float32."""
 
     boxes: np.ndarray
     labels: np.ndarray
-    embeddings: Tensor
-
-    def take(self, rows: np.ndarray) -> Detections:
-        return Detections(self.boxes[rows], self.labels[rows], self.embeddings[torch.from_numpy(rows)])
+    embeddings: np.ndarray
 
 
 @dataclass
@@ -83,7 +80,7 @@ def track(state: QuasiDenseState, found: Detections, frame: int, settings: Quasi
     overlaps = _overlaps(found.boxes[order])
     kept = _distinct(found.boxes[order, 4], overlaps, settings)
     order, overlaps = order[kept], overlaps[np.ix_(kept, kept)]
-    found = found.take(order)
+    found = Detections(*(part[order] for part in found))
     ids = _match(state, found, settings)
     fresh = (ids == -1) & (found.boxes[:, 4] > np.float32(settings.init))
     ids[fresh] = _fresh_ids(state, int(fresh.sum()), settings)
@@ -114,8 +111,9 @@ def similarity(state: QuasiDenseState, found: Detections) -> Tensor | None:
     if not state.tracks:
         return None
     memory = [*state.tracks.values(), *state.backdrops]
-    labels = torch.from_numpy(found.labels), torch.tensor([each.label for each in memory])
-    return memory_match(found.embeddings, torch.stack([each.embedding for each in memory]), labels=labels[0], memory_labels=labels[1])
+    labels, embeddings = torch.tensor([each.label for each in memory]), np.stack([each.embedding for each in memory])
+    own = map(torch.from_numpy, (found.embeddings, embeddings))
+    return memory_match(*own, labels=torch.from_numpy(found.labels), memory_labels=labels)
 
 
 def _match(state: QuasiDenseState, found: Detections, settings: QuasiDenseSettings) -> np.ndarray:

@@ -29,7 +29,7 @@ def things_first(things: tuple[int, ...], classes: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class VideoKNetSettings(KNetSettings):
-    """categories     of the data set, of each class; category 0 is no thing: its objects without an id would be void
+    """categories     of the data set, of each class; category 0 is stuff
     track_layers   of the perceptron that makes embeddings for tracking, without the last
     compat         as published, where it goes wrong: after a duplicate that the tracker left out the next things take each other's ids"""
 
@@ -55,17 +55,15 @@ class TrackEmbedding(nn.Module):
     def __init__(self, channels: int, layers: int) -> None:
         super().__init__()
         self.fcs = nn.Sequential(nn.Linear(channels, channels, bias=False), nn.LayerNorm(channels), nn.ReLU())
-        self.fc = nn.Linear(channels, channels)
-        self.track = nn.ModuleDict(
-            {"layers": nn.ModuleList(nn.Linear(channels, channels) for _ in range(layers)), "out": nn.Linear(channels, channels)}
-        )
+        self.fc, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.layers = nn.ModuleList(nn.Linear(channels, channels) for _ in range(layers))
 
     def forward(self, kernels: Tensor) -> Tensor:
         """(N, C) -> (N, C)"""
         x = self.fc(self.fcs(kernels))
-        for layer in self.track["layers"]:
+        for layer in self.layers:
             x = layer(x).relu()
-        return self.track["out"](x)
+        return self.out(x)
 
 
 @dataclass
@@ -94,6 +92,8 @@ class VideoKNet(KNet):
 
     def __init__(self, settings: VideoKNetSettings) -> None:
         super().__init__(settings)
+        if 0 in settings.things:
+            raise ValueError("category 0 must be stuff: a thing of it that is not followed would have the value of void")
         self.embed = TrackEmbedding(settings.channels, settings.track_layers)
 
     def new_state(self, height: int, width: int) -> VideoKNetState:
@@ -122,7 +122,7 @@ class VideoKNet(KNet):
         things = [segment for segment in clip.panoptic.segments if segment.is_thing]
         scores = np.array([each.score for each in things], np.float32)
         labels = np.array([each.category for each in things], np.int64)
-        embeddings = self.embed(clip.refined.linked[0, [each.kernel for each in things]]).float().cpu()
+        embeddings = self.embed(clip.refined.linked[0, [each.kernel for each in things]]).float().cpu().numpy()
         return Detections(np.concatenate([clip.panoptic.boxes, scores[:, None]], 1), labels, embeddings)
 
     def link(self, clip: FrameSegments, state: VideoKNetState) -> list[int]:

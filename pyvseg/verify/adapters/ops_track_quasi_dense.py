@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 from pyvseg.models.quasi_dense import Detections, QuasiDenseSettings, QuasiDenseState, Track, track
 
@@ -18,7 +17,7 @@ def run(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np.nda
     for name in (key.split("/")[1] for key in inputs if key.endswith("/frame_id")):
         state, columns = QuasiDenseState(), {}
         for frame, *found in zip(inputs[f"in/{name}/frame_id"].tolist(), boxes, labels, embeddings):
-            for kind, part, result in _frame(state, frame, Detections(*found[:2], torch.from_numpy(found[2])), rules):
+            for kind, part, result in _frame(state, frame, Detections(*found), rules):
                 columns.setdefault(f"{kind}/{name}/{part}", []).append(result)
         yield from ((key, np.concatenate(parts)) for key, parts in columns.items())
 
@@ -51,4 +50,4 @@ def _held(held: list[Track], width: int) -> Iterator[tuple[str, np.ndarray]]:
     yield "count", np.array([len(held)])
     yield "labels", np.array([each.label for each in held], np.int64)
     yield "boxes", np.array([each.box for each in held], np.float32).reshape(-1, 5)
-    yield "embeds", np.array([each.embedding.numpy() for each in held], np.float32).reshape(-1, width)
+    yield "embeds", np.array([each.embedding for each in held], np.float32).reshape(-1, width)

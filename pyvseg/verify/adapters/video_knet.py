@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyvseg.checkpoints import key_maps, load_into
-from pyvseg.layers.backbones import ResNetSizes
+from pyvseg.checkpoints import key_maps, load_into, map_keys
+from pyvseg.layers.backbones import RESNETS, ResNetSizes
 from pyvseg.layers.inference import for_inference
+from pyvseg.layers.resnet import BasicBlock, Bottleneck
 from pyvseg.models.categories import KITTI_STEP_THINGS
+from pyvseg.models.fitting import way
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.knet import KNet
 from pyvseg.models.knet_panoptic import MergeSettings
@@ -25,41 +27,50 @@ from pyvseg.verify.adapters.kmax import MAP_RULE
 from pyvseg.verify.adapters.ops_track_quasi_dense import settings as tracker_settings
 from pyvseg.verify.adapters.taps import Taps
 
-BACKBONES = {"resnet18": ResNetSizes(18, outputs=64), "resnet50": ResNetSizes(50)}
-
-SMALL = {  # what cases of the criterion mean by the sizes of video_knet-small
-    "backbone": "resnet18", "num_thing_kernels": 20, "num_thing_classes": 2, "num_stuff_classes": 17, "stages": 2, "channels": 256, "heads": 8,
-    "ffn": 256, "mask_upsample_stride": 4, "max_per_img": 20, "instance_score_thr": 0.25, "overlap_thr": 0.6,
-}  # fmt: skip
+BACKBONES = {f"resnet{depth}": ResNetSizes(depth, outputs=64 if depth < 50 else 256) for depth in RESNETS}
+KITTI_STEP = {"num_thing_classes": 2, "mask_upsample_stride": 4, "heads": 8, "max_per_img": 100, "instance_score_thr": 0.25, "overlap_thr": 0.6}
 
 
 def run(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> Iterator[tuple]:
-    if "loss" in manifest["config"]:
-        model = VideoKNet(settings(SMALL | manifest["config"]))
-        load(model, weights)
-        yield from video_knet_criterion.run(model, weights, manifest["config"], inputs)
+    config = manifest["config"]
+    if "loss" in config:  # such cases say by their weights alone how large they are
+        model = load(VideoKNet(settings(KITTI_STEP | _sizes(weights), weights)), weights)
+        yield from video_knet_criterion.run(model, weights, config, inputs)
         return
-    model = _Recorded(settings(manifest["config"]))
-    load(model, weights)
-    for_inference(model, torch.float32)
+    model = for_inference(load(_Recorded(settings(config, weights)), weights), torch.float32)
     with torch.inference_mode():
         yield from _video(manifest, model, inputs["in/frames"])
 
 
-def settings(config: dict) -> VideoKNetSettings:
+def _sizes(weights: dict[str, np.ndarray]) -> dict:
+    kernels, classes = (weights[f"rpn_head.{name}.weight"] for name in ("init_kernels", "conv_seg"))
+    blocks = tuple(len({key.split(".")[2] for key in weights if key.startswith(f"backbone.layer{i}.")}) for i in range(1, 5))
+    kind = Bottleneck if "backbone.layer1.0.conv3.weight" in weights else BasicBlock
+    return {
+        "backbone": next(f"resnet{depth}" for depth, sizes in RESNETS.items() if sizes == (kind, blocks)), "channels": kernels.shape[1],
+        "num_thing_kernels": len(kernels), "num_stuff_classes": len(classes) - KITTI_STEP["num_thing_classes"],
+        "stages": len({key.split(".")[2] for key in weights if key.startswith("roi_head.mask_head.")}),
+        "ffn": len(weights["roi_head.mask_head.0.ffn.layers.0.0.weight"]),
+    }  # fmt: skip
+
+
+def settings(config: dict, weights: dict[str, np.ndarray]) -> VideoKNetSettings:
     things, stuff = config["num_thing_classes"], config["num_stuff_classes"]
+    ours = map_keys({key: torch.empty(0) for key in weights}, key_maps.VIDEO_KNET)
+    link, fuse = (way(ours, f"stages.0.{part}.") for part in ("link", "fuse"))
     return VideoKNetSettings(
         things + stuff, stuff, BACKBONES[config["backbone"]], config["channels"], config["num_thing_kernels"], config["stages"],
-        config["heads"], config["ffn"], upsample=config["mask_upsample_stride"],
-        categories=things_first(KITTI_STEP_THINGS, things + stuff),
+        config["heads"], config["ffn"], link, fuse, config["mask_upsample_stride"],
+        categories=things_first(KITTI_STEP_THINGS, things + stuff), track_layers=sum(key.endswith(".weight") for key in ours if "embed.layers" in key),
         merge=MergeSettings(config["max_per_img"], config["instance_score_thr"], config["overlap_thr"]),
         tracking=tracker_settings(config["tracker"]) if "tracker" in config else QuasiDenseSettings(),
     )  # fmt: skip
 
 
-def load(model: KNet, weights: dict[str, np.ndarray]) -> None:
+def load(model: KNet, weights: dict[str, np.ndarray]) -> KNet:
     state = {key: torch.from_numpy(value) for key, value in weights.items()}
     load_into(model, state, key_maps.VIDEO_KNET, name="the case", ignore=key_maps.VIDEO_KNET_IGNORED)
+    return model
 
 
 class _Recorded(VideoKNet):
@@ -97,9 +108,7 @@ def _video(manifest: dict, model: _Recorded, images: np.ndarray) -> Iterator[tup
 
 
 def run_instances(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> Iterator[tuple]:
-    model = VideoKNetInstances(_instance_settings(manifest["config"]))
-    load(model, weights)
-    for_inference(model, torch.float32)
+    model = for_inference(load(VideoKNetInstances(_instance_settings(manifest["config"])), weights), torch.float32)
     with torch.inference_mode():
         yield from _whole(manifest, model, inputs["in/frames"])
 
@@ -174,5 +183,5 @@ def _results(model: _Recorded) -> Iterator[tuple]:
     yield "semantic", np.array([0, *(s.categories[x.category] for x in segments)], np.int32)[labels], MAP_RULE
     if things:
         found, (kept, ids) = model.found, model.matched
-        yield from (("track_embed", found.embeddings.numpy()), ("track_boxes_in", found.boxes))
+        yield from (("track_embed", found.embeddings), ("track_boxes_in", found.boxes))
         yield from (("track_boxes", found.boxes[kept]), ("track_labels", found.labels[kept]), ("track_ids", ids))

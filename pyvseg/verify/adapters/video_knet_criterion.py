@@ -17,8 +17,8 @@ from pyvseg.training.knet import KNetCriterion, Predictions, Truth, Wanted, pred
 
 STORED = (  # gradients that the cases hold whole
     "backbone.layer4.1.bn2.weight", "embed_fcs.1.weight", "neck.fpn_convs.3.conv.bias", "roi_head.mask_head.0.fc_mask.bias",
-    "roi_head.mask_head.0.kernel_update_conv.norm_in.weight", "roi_head.mask_head.1.attention_previous_norm.weight",
-    "roi_head.mask_head.1.fc_cls.bias", "roi_head.mask_head.1.link_ffn_norm.bias", "rpn_head.conv_seg.weight", "rpn_head.init_kernels.weight",
+    "roi_head.mask_head.0.kernel_update_conv.norm_in.weight", "roi_head.mask_head.{last}.attention_previous_norm.weight",
+    "roi_head.mask_head.{last}.fc_cls.bias", "roi_head.mask_head.{last}.link_ffn_norm.bias", "rpn_head.conv_seg.weight", "rpn_head.init_kernels.weight",
     "rpn_head.loc_convs.0.gn.weight", "track_head.fc_embed.bias",
 )  # fmt: skip
 FROZEN = ("backbone.conv1.", "backbone.bn1.", "backbone.layer1.")
@@ -93,4 +93,5 @@ def _gradients(model: VideoKNet, weights: dict[str, np.ndarray], order: list[str
     names = {theirs: ours for theirs in weights for ours in map_keys({theirs: torch.empty(0)}, key_maps.VIDEO_KNET)}
     ours = dict(model.named_parameters())
     yield "out/grad_norm", np.array([-1.0 if (grad := ours[names[name]].grad) is None else float(grad.norm()) for name in order], np.float32)
-    yield from ((f"out/grad/{name}", ours[names[name]].grad.numpy()) for name in STORED)
+    for name in (stored.format(last=len(model.stages) - 1) for stored in STORED):
+        yield f"out/grad/{name}", ours[names[name]].grad.numpy()
