@@ -28,9 +28,9 @@ class Batch:
         pyvseg batch 'archive/**/*.mp4' --masks first_frames/ --clip-length 25 --out results
         pyvseg batch list.txt --masks first_frames/ --workers 8 --out results
         pyvseg batch list.txt --masks first_frames/ --shard 3/16 --out results
-        pyvseg batch list.txt --masks first_frames/ --ray auto --out results
+        pyvseg batch list.txt --masks first_frames/ --out results --ray
 
-    Exit status: 0 all done, 1 some videos failed, 2 bad input or nothing can be written, 130 Ctrl-C.
+    Exit status: 0 all done, 1 some videos failed, 2 bad input or nothing can be written, 130 Ctrl-C or SIGTERM.
     """
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
@@ -44,7 +44,7 @@ class Batch:
     workers: int = 1
     """Processes: one for each GPU, or shares of the CPU."""
     ray: str | None = None
-    """Spread the videos over the Ray cluster at this address, HOST:PORT, or auto for the one that this machine belongs to. All its
+    """Spread the videos over the Ray cluster at this address, HOST:PORT; without address, or auto: the one that this machine belongs to. All its
     machines must see inputs, weights and OUT under the same paths. Needs pyvseg[ray]."""
     ray_cpus: float = 1
     """Processors that a video takes on the cluster."""
@@ -60,13 +60,20 @@ class Batch:
     """Write a trace of what every thread did, for Perfetto or chrome://tracing."""
 
 
+def completed(arguments: list[str]) -> list[str]:
+    """`--ray` may stand without an address."""
+    following = [*arguments[1:], "-"]
+    return [each for one, after in zip(arguments, following) for each in ((one, "auto") if one == "--ray" and after.startswith("-") else (one,))]
+
+
 def batch(options: Batch) -> int:
     from pyvseg.engine.allocator import keep_freed_memory
     from pyvseg.engine.batch import batch as run_batch
     from pyvseg.engine.inputs import find_inputs
     from pyvseg.engine.jobs import find_videos
 
-    recipe = replace(options.recipe, weights=options.recipe.weights and options.recipe.weights.absolute())  # other machines may look for it
+    at_once = 1 if options.ray is not None else options.recipe.at_once  # batches are filled up to so many videos
+    recipe = replace(options.recipe, at_once=at_once, weights=options.recipe.weights and options.recipe.weights.absolute())  # other machines may look for it
     if not recipe.needs_masks and options.masks is not None:
         raise PyvsegError(f"{recipe.model} finds the objects itself; leave --masks out")
     jobs, remarks = find_inputs(list(options.inputs), options.masks, recipe.needs_masks, partial(find_videos, classes=recipe.classes, model=recipe.model, boxes=recipe.finds_boxes))
@@ -89,6 +96,8 @@ def _execute(options: Batch):
 
         if options.workers > 1:
             raise PyvsegError("--ray and --workers exclude each other: the cluster has workers of its own")
+        if (options.recipe.at_once or 1) > 1:
+            raise PyvsegError("--ray and --at-once exclude each other: a task of the cluster is one video")
         return Cluster(options.ray, options.ray_cpus, options.ray_gpus)
     if options.workers == 1:
         return None

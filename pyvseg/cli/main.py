@@ -60,6 +60,7 @@ def _call(name: str, arguments: list[str]) -> int | None:
 
     module = importlib.import_module(f"pyvseg.cli.{name}")
     options = getattr(module, name.capitalize())
+    arguments = getattr(module, "completed", list)(arguments)
     return getattr(module, name)(tyro.cli(options, prog=f"pyvseg {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)))
 
 

@@ -152,8 +152,10 @@ def _run(todo: list[Job], recipe: Recipe, report: Report, manifest: Manifest, ex
             report.busy = execute(todo, recipe, report.out, stop, tell) if todo else {}
             if stop.is_set() and report.done + len(report.failed) < len(todo):
                 raise KeyboardInterrupt
-        except OutputError as error:
-            raise OutputError(f"{error}; {_kept(report)}, the same command goes on when that is mended") from None
+        except PyvsegError as error:
+            if not (isinstance(error, OutputError) or report.before or report.done):
+                raise
+            raise type(error)(f"{error}; {_kept(report)}, the same command goes on when that is mended") from None
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; {_kept(report)}, the same command goes on") from None
         finally:

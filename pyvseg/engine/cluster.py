@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
@@ -20,6 +22,7 @@ from pyvseg.engine.trace import Span, keeps, recording, take
 from pyvseg.errors import PyvsegError
 
 _RETRIES = 3  # of a video whose process or machine dies
+_PATIENCE = 30  # seconds, for a cluster that does not answer any more
 _AHEAD = 2  # tasks that wait for each one that can run: Ray's scaling goes by what waits
 
 _loaded: dict = {}  # in a worker process: the model of its last task
@@ -39,9 +42,13 @@ class Cluster:
     def __call__(self, jobs: list[Job], recipe, out: Path, stop: Event, tell: Callable[[Outcome], None]) -> dict[str, float]:
         ray = _connect(self.address)
         task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=_RETRIES)(_segment)
+        watch = Watch(self.address, getattr(ray.get_runtime_context(), "gcs_address", self.address))
         shared, waiting, under_way, busy, spent = ray.put(recipe), iter(jobs), {}, Counter(), 0.0
         try:
             while not stop.is_set():
+                if not watch.answers():
+                    stop.wait(1)
+                    continue
                 room = int(_AHEAD * max(1, ray.cluster_resources().get("CPU", 0) // self.cpus)) - len(under_way)
                 for job in _first(waiting, room):
                     under_way[task.remote(job, shared, out.absolute(), self.cpus, keeps())] = job
@@ -54,12 +61,14 @@ class Cluster:
                     busy.update({name: share * outcome.seconds for name, share in shares.items()})
                     take(events)
         finally:
-            for each in under_way:
-                ray.cancel(each, force=True)
+            with suppress(Exception):  # a dead cluster knows nothing of them any more
+                for each in under_way:
+                    ray.cancel(each, force=True)
         return {name: seconds / max(spent, 1e-9) for name, seconds in busy.items()}
 
 
 def _connect(address: str):
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what the user should know of it, we say
     try:
         import ray
     except ImportError:
@@ -71,6 +80,26 @@ def _connect(address: str):
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             raise PyvsegError(f"--ray {address}: no Ray cluster answers there ({str(error).splitlines()[0]}); start one with `ray start --head`") from None
     return ray
+
+
+@dataclass
+class Watch:
+    """Whether the cluster's head still answers: without it Ray's calls would hang, and end this program after a minute."""
+
+    address: str
+    head: str
+    heard: float = field(default_factory=time.monotonic)
+
+    def answers(self) -> bool:
+        """Raises PyvsegError after half a minute without an answer."""
+        try:
+            _knock(self.head)
+        except OSError as error:
+            if time.monotonic() - self.heard > _PATIENCE:
+                raise PyvsegError(f"--ray {self.address}: the Ray cluster does not answer any more ({error})") from None
+            return False
+        self.heard = time.monotonic()
+        return True
 
 
 def _knock(address: str) -> None:

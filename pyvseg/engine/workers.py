@@ -14,9 +14,9 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_all_start_methods, get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -84,7 +84,8 @@ class _Run:
         ours, theirs = context.Pipe()
         given = theirs, self.recipe, self.out, number, self.count, keeps()
         process = context.Process(target=_serve, args=given, name=f"pyvseg-worker-{number}", daemon=True)
-        process.start()
+        with _deaf():
+            process.start()
         theirs.close()
         return _Worker(number, process, ours)
 
@@ -168,6 +169,19 @@ def _context():
     return context
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that begin now will not hear Ctrl-C and SIGTERM, which reach the whole group: this one says when to stop."""
+    resource_tracker.ensure_running()  # which would make this process hear them again
+    signals = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _send(worker: _Worker, message) -> None:
     try:
         worker.pipe.send(message)
@@ -183,8 +197,6 @@ def _serve(pipe: Connection, recipe, out: Path, number: int, count: int, keep: b
     from pyvseg.engine.batch import segment
     from pyvseg.engine.memory import share
 
-    for each in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent says when to stop
-        signal.signal(each, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())  # its own one is shared by processes, and left over where one is killed
     keep_freed_memory()
     share(count)

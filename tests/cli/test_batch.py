@@ -93,6 +93,8 @@ def bad_commands():
     yield ["dots.txt"], "...mp4: results cannot be called '..'; rename the video"
     yield ["clips", "--profile", "nowhere/trace.json"], "cannot write nowhere/trace.json"
     yield ["clips", "--ray", "auto", "--workers", "2"], "--ray and --workers exclude each other"
+    yield ["clips", "--ray", "--workers", "2"], "--ray and --workers exclude each other"
+    yield ["clips", "--at-once", "2", "--ray"], "--ray and --at-once exclude each other"
     yield ["clips", "--shard", "3/2"], "--shard 3/2: expected I/N"
     yield ["clips", "--workers", "0"], "--workers 0: must be at least 1"
     yield ["clips", "--clip-length", "0"], "--clip-length 0: must be at least 1"

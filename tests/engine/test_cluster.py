@@ -4,12 +4,13 @@
 import json
 import os
 import signal
+import socket
 import threading
 import time
 
 import pytest
 
-from pyvseg.engine.cluster import Cluster
+from pyvseg.engine.cluster import Cluster, Watch
 from pyvseg.errors import PyvsegError
 from tests.conftest import ROOT
 from tests.engine.standin import StandinRecipe
@@ -67,6 +68,17 @@ def test_a_killed_process_and_a_killed_node(clips, tmp_path, undisturbed, cluste
     assert files(out) == undisturbed and 0 < report.busy["model"] <= 1
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {e["args"]["video"] for e in events if "args" in e} == set("abcdef")
+
+
+def test_a_head_that_is_gone():
+    """Half a minute is forgiven; then one line, before Ray ends the program."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        watch = Watch("auto", f"127.0.0.1:{server.getsockname()[1]}", heard=0)
+        assert watch.answers() and watch.heard > 0
+    assert not watch.answers()
+    watch.heard -= 31
+    with pytest.raises(PyvsegError, match="--ray auto: the Ray cluster does not answer any more .*refused"):
+        watch.answers()
 
 
 def test_no_cluster(clips, tmp_path):  # noqa: F811

@@ -74,15 +74,22 @@ except Interrupted as stopped:
 """
 
 
-def test_ctrl_c(clips, tmp_path, undisturbed):  # noqa: F811
-    """It reaches all processes of the group, as in a terminal; every one suspends what it is at."""
-    out = tmp_path / "out"
+def interrupted(clips, out, moment) -> str:  # noqa: F811
     process = subprocess.Popen([sys.executable, "-c", RUN, str(clips), str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    while process.poll() is None and len(list((out / "unfinished").glob("*/masks/*.png"))) < 8:
+    while process.poll() is None and not moment():
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     told, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "videos are finished and kept" in told
+    assert process.returncode == 0
+    return told
+
+
+def test_ctrl_c(clips, tmp_path, undisturbed):  # noqa: F811
+    """It reaches all processes of the group, as in a terminal; every one suspends what it is at."""
+    out = tmp_path / "out"
+    told = interrupted(clips, out, lambda: out.exists() and time.sleep(0.3) is None)  # while the first process begins
+    assert "0 of 6 videos are finished and kept, 6 remain" in told
+    assert "videos are finished and kept" in interrupted(clips, out, lambda: len(list((out / "unfinished").glob("*/masks/*.png"))) >= 8)
     kept = len([note for note in notes(out) if note["status"] == "done"])
     assert list((out / "unfinished").glob("*/state-*"))
     report = go(clips, out, StandinRecipe(delay=0.03))
