@@ -76,8 +76,8 @@ def mask_cost(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 @triton.jit
 def _backward(overlap, entropy, prob, logits, targets, grad, N, M, P, logit_stride, target_stride,
               ROWS: tl.constexpr, TARGETS: tl.constexpr, PIXELS: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    at = tl.program_id(1).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     by_overlap = tl.zeros((ROWS, PIXELS), tl.float32)
     by_entropy = tl.zeros((ROWS, PIXELS), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -107,7 +107,7 @@ def mask_cost_backward(overlap: Tensor, entropy: Tensor, prob: Tensor, logits: T
     x, t = _rows(logits), _rows(targets)
     grad = logits.new_empty(N, P)
     if grad.numel():
-        _backward[(triton.cdiv(N, 32), triton.cdiv(P, 128))](
+        _backward[(triton.cdiv(P, 128), triton.cdiv(N, 32))](
             overlap.contiguous(), entropy.contiguous(), prob.contiguous(), x, t, grad, N, M, P, x.stride(0), t.stride(0),
             ROWS=32, TARGETS=16, PIXELS=128, num_warps=4
         )  # fmt: skip

@@ -12,8 +12,8 @@ _SLICE = 1 << 16  # words that one program counts at most: far from the limits o
 
 @triton.jit
 def _pack(masks, bits, numel, words, WORDS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    word = tl.program_id(1).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    row = tl.program_id(1).to(tl.int64)
+    word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     bit = tl.arange(0, 64)
     at = word[:, None] * 64 + bit[None, :]
     on = tl.load(masks + row * numel + at, mask=at < numel, other=0).to(tl.float32) > 0
@@ -27,7 +27,7 @@ def pack_masks(masks: Tensor) -> Tensor:
     bits = rows.new_empty(N, triton.cdiv(numel, 64), dtype=torch.int64)
     if bits.numel():
         rows = rows.view(torch.uint8) if rows.dtype == torch.bool else rows
-        _pack[(N, triton.cdiv(bits.shape[1], _WORDS))](rows, bits, numel, bits.shape[1], WORDS=_WORDS, num_warps=4)
+        _pack[(triton.cdiv(bits.shape[1], _WORDS), N)](rows, bits, numel, bits.shape[1], WORDS=_WORDS, num_warps=4)
     return bits
 
 
