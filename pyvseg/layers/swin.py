@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyvseg.layers.packed import Linear
 from pyvseg.layers.window_attention import merge, partition, relative_position_index, shift_mask
 
 
@@ -32,6 +35,30 @@ class WindowSelfAttention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2)).unflatten(0, x.shape[:2])
 
 
+class SwinMLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, residual: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
+        return residual + drop(self.fc2(F.gelu(self.fc1(x))))
+
+    def for_inference(self) -> nn.Module:
+        return _FastSwinMLP(self)
+
+
+class _FastSwinMLP(nn.Module):
+    """`SwinMLP` with GELU and addition inside its linear layers; nothing is dropped."""
+
+    def __init__(self, mlp: SwinMLP) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = Linear(mlp.fc1), Linear(mlp.fc2)
+
+    def forward(self, x: Tensor, residual: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.fc2(self.fc1(x, gelu=True), residual=residual)
+
+
 class SwinBlock(nn.Module):
     def __init__(self, width: int, heads: int, window: int, shift: int, mlp_ratio: int, drop_path: float) -> None:
         super().__init__()
@@ -39,7 +66,7 @@ class SwinBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attn = WindowSelfAttention(width, heads, window)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_ratio * width), "fc2": nn.Linear(mlp_ratio * width, width)})
+        self.mlp = SwinMLP(width, mlp_ratio * width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B, H, W, C), mask (windows, N, N) for shifted blocks."""
@@ -47,7 +74,7 @@ class SwinBlock(nn.Module):
         windows = partition(self.norm1(x)[:, None], self.window, self.shift)
         windows = self.attn(windows, mask if self.shift[1] else None)
         x = x + self._drop(merge(windows, grid, self.window, self.shift)[:, 0])
-        return x + self._drop(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))))
+        return self.mlp(self.norm2(x), x, self._drop)
 
     def _drop(self, branch: Tensor) -> Tensor:
         """Stochastic depth: in training whole images skip the branch."""
