@@ -10,10 +10,13 @@ import multiprocessing
 import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
 
 import torch
 
 from pyvseg.engine.allocator import keep_freed_memory
+
+T = TypeVar("T")
 
 _run: Callable
 
@@ -41,6 +44,13 @@ class Apart:
 
     def _there(self, function: Callable, *args):
         return self._process.submit(function, *args).result()
+
+
+def in_turn(runs: dict[str, Callable[[], T]], rounds: int, *, cost: Callable[[T], float] = lambda stages: sum(stages.values()), warm_up: int = 2) -> dict[str, T]:
+    """What the best run of each returns, seconds by stage unless `cost` says otherwise. The first `warm_up` rounds do not count: one has
+    nothing to build on, and the next may meet code that nothing has loaded yet."""
+    found = [{name: run() for name, run in runs.items()} for _ in range(warm_up + rounds)]
+    return {name: min((each[name] for each in found[warm_up:]), key=cost) for name in runs}
 
 
 def _build(build: Callable[..., Callable], args: tuple, threads: int, keep_freed: bool) -> None:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.apart import Apart
+from benchmarks.apart import Apart, in_turn
 from benchmarks.harness import machine
 from pyvseg.layers.inference import for_inference
 from pyvseg.layers.kmax_decoder import DecoderLayer, FramePixels
@@ -217,13 +217,6 @@ class Clips:
         self.timed.stages.clear()
         getattr(self.clips, run)(self.images)
         return dict(self.timed.stages)
-
-
-def in_turn(runs: dict[str, Callable[[], dict[str, float]]], rounds: int) -> dict[str, dict[str, float]]:
-    """The seconds by stage of the best run of each. Two do not count: the first has nothing to build on, and the second meets code
-    that nothing has loaded yet."""
-    found = [{name: run() for name, run in runs.items()} for _ in range(rounds + 2)]
-    return {name: min((each[name] for each in found[2:]), key=lambda stages: sum(stages.values())) for name in runs}
 
 
 def against_published(size: tuple[int, int], source: tuple[int, int], rounds: int, threads: int, cpu_time: bool) -> dict[str, dict]:

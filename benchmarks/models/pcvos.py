@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.apart import Apart
+from benchmarks.apart import Apart, in_turn
 from benchmarks.harness import machine
 from pyvseg.layers.inference import for_inference
 from pyvseg.models.memory import aggregate
@@ -128,10 +128,7 @@ def clip_run(precision: str, objects: int, clip: int, memory_frames: int) -> Cal
 def compare(ways: dict[str, tuple[str, bool]], problem: tuple[int, int, int], rounds: int, threads: int) -> dict[str, float]:
     """Seconds per frame (the best of `rounds`, all ways in turn) by way."""
     runs = {name: Apart(clip_run, precision, *problem, threads=threads, keep_freed=keep) for name, (precision, keep) in ways.items()}
-    best = dict.fromkeys(runs, math.inf)
-    for _ in range(1 + rounds):  # the first one warms up
-        for name, run in runs.items():
-            best[name] = min(best[name], run())
+    best = in_turn(runs, rounds, cost=float, warm_up=1)
     for run in runs.values():
         run.close()
     return best

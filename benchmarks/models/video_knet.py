@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.apart import Apart
+from benchmarks.apart import Apart, in_turn
 from benchmarks.harness import machine
-from benchmarks.models.panoptic import PUBLISHED, WAYS, How, Stopwatch, in_turn
+from benchmarks.models.panoptic import PUBLISHED, WAYS, How, Stopwatch
 from pyvseg import ops
 from pyvseg.layers.inference import for_inference
 from pyvseg.layers.kernel_head import KernelHead, Refined

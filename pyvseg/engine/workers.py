@@ -234,8 +234,8 @@ def _jobs(pipe: Connection, stop: Event) -> Iterator[Job]:
         try:
             while (message := pipe.recv()) != "stop":
                 heard.put(None if message == "all" else message)
-        except (EOFError, OSError):  # the parent died: what is under way may end as if by Ctrl-C
-            pass
+        except (EOFError, OSError):  # the parent died, and the same command may have begun again: nobody else may write there
+            os._exit(1)
         stop.set()
         heard.put(None)
 

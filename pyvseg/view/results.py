@@ -10,6 +10,7 @@ from pathlib import Path
 
 import av
 
+from pyvseg.engine.output import UNFINISHED
 from pyvseg.errors import VideoError
 from pyvseg.video.palette import PALETTE
 from pyvseg.video.panoptic_writer import segment_colour
@@ -69,6 +70,8 @@ def find(root: Path) -> list[Entry]:
         return [whole]
     entries = entries or {entry.name: entry for entry in (*_failed(root), *_folders(root))}
     if not entries:
+        if (root / UNFINISHED).is_dir():
+            raise VideoError(f"{root}: no video is finished yet; look again when one is")
         raise VideoError(f"{root}: no results in this folder; give the --out folder of a run")
     return [entries[name] for name in sorted(entries)]
 
@@ -82,7 +85,7 @@ def _entry(name: str, folder: Path) -> Entry | None:
 
 def _folders(root: Path) -> Iterator[Entry]:
     for folder in root.iterdir():
-        if folder.is_dir() and not folder.name.startswith(".") and (entry := _entry(folder.name, folder)):
+        if folder.is_dir() and not folder.name.startswith(".") and folder.name != UNFINISHED and (entry := _entry(folder.name, folder)):
             yield entry
 
 

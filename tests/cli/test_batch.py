@@ -129,3 +129,14 @@ def test_a_model_that_finds_its_objects(small, clip, tmp_path, capsys):  # noqa:
     assert done(out) == {"street": "done", "street1": "done", "street2": "done"}
     assert sorted(p.name for p in (out / "street").iterdir()) == ["masks", "overlay.mp4", "results.json"]
     assert "score_threshold was 0.0 and is now 0.3" in fails(capsys, *arguments)
+
+
+def test_a_split_of_youtube_vis(small, clip, tmp_path, capsys):  # noqa: F811
+    """Its videos by the names and sizes of the JSON, with its ids in the results."""
+    weights, names = small("minvis_r50_ytvis21"), sorted(path.name for path in clip.iterdir())
+    videos = [{"id": 3 + n, "file_names": [f"{clip.name}/{name}" for name in names[n:]], "height": 54 + n, "width": 71} for n in range(2)]
+    (tmp_path / "valid.json").write_text(json.dumps({"videos": videos, "categories": [{"id": 26, "name": "person"}]}))
+    assert main(["batch", str(tmp_path / "valid.json"), "--model", "minvis_r50_ytvis21", "--weights", str(weights), "--out", str(tmp_path / "out")]) == 1
+    assert done(tmp_path / "out") == {"video_3": "done", "video_4": "failed"} and "annotation file says 71x55" in capsys.readouterr().err
+    tracks = json.loads((tmp_path / "out" / "video_3" / "results.json").read_text())
+    assert {(track["video_id"], track["category_id"]) for track in tracks} <= {(3, 26)}

@@ -111,6 +111,14 @@ def test_damaged_results_say_nothing_and_stop_nothing(tmp_path):
     assert (a["objects"], a["strip"]) == ([], None) and len(b["objects"]) == 2
 
 
+def test_a_batch_under_way(tmp_path):
+    results(tmp_path / "unfinished")
+    with pytest.raises(VideoError, match="no video is finished yet"):
+        write_page(tmp_path)
+    results(tmp_path / "a")
+    assert [video["name"] for video in data(write_page(tmp_path)[0])["videos"]] == ["a"]
+
+
 @pytest.mark.parametrize("made", [False, True])
 def test_nothing_to_show(tmp_path, made, capsys):
     folder = tmp_path / "none"
