@@ -37,7 +37,7 @@ def fitting(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[
 def _fitting_knet(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[str]:
     state = map_keys(weights, key_maps.VIDEO_KNET)
     kernels, classes = state.get("initial.kernels.weight"), state.get("initial.classes.bias")
-    if kernels is None or classes is None:
+    if kernels is None or classes is None or kernels.ndim != 4 or classes.ndim != 1:
         return []
     ways = [way(state, f"stages.0.{part}.") for part in ("link", "fuse")]
     kind = VideoKNetInstancesSettings if "clip_stages.0.norm.bias" in state else VideoKNetSettings

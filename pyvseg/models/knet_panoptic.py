@@ -14,6 +14,8 @@ from torch import Tensor
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.ops import Resampling, mask_winners
 
+_APART = 4096.0  # shares times this have the same order, and `mask_winners` leaves out whole tiles of those that are far below others
+BLOCK = 4  # cells of a mask that are judged together
 NOWHERE = (-1.0, -1.0, 10.0, 10.0)  # the published box of a thing without pixels
 
 
@@ -67,16 +69,15 @@ def merge(scores: Tensor, masks: Tensor, semantic: Tensor, size: FrameSize, stuf
     first = {segment.kernel: segment for segment in reversed(found)}
     chosen = [segment for segment in found if first[segment.kernel] is segment]
     logits = masks[[segment.kernel for segment in chosen]].float()
-    peaks = F.max_pool2d(logits, 3, 1, 1)  # no pixel of a cell's is above them
-    chosen, rows = _contenders(chosen, logits, peaks)
-    logits, peaks = logits[rows], peaks[rows]
+    chosen, rows = _contenders(chosen, logits)
+    logits = logits[rows]
     shares = _shares(logits, upsample)
     axes = [Resampling.bilinear(cells, padded, False).cut(shown) for cells, padded, shown in zip(shares.shape[1:], size.padded, size.source)]
-    weights = torch.tensor([segment.score for segment in chosen], device=shares.device)
+    weights = torch.tensor([_APART * segment.score for segment in chosen], device=shares.device)
     winners = mask_winners(shares.mul_(weights[:, None, None])[None], *axes).index[0, 0]
     area = torch.bincount(winners.flatten(), minlength=len(chosen)).tolist()
     eligible = [i for i, segment in enumerate(chosen) if area[i] and not (segment.is_thing and segment.score < rules.score)]
-    inside = dict(zip(eligible, _inside(logits[eligible], peaks[eligible] >= 0, size, upsample)))
+    inside = dict(zip(eligible, _inside(logits[eligible], size, upsample)))
     kept = [i for i in eligible if inside[i] and area[i] / inside[i] >= rules.overlap]
     kept.sort(key=lambda i: -chosen[i].score)
     table = torch.zeros(len(chosen), dtype=torch.int16)
@@ -97,13 +98,19 @@ def _candidates(scores: Tensor, stuff: int, rules: MergeSettings) -> list[Segmen
     return found + [Segment(things + j, False, score, kernels - stuff + j, -1, 0) for score, j in zip(own.tolist(), order.tolist())]
 
 
-def _contenders(chosen: list[Segment], logits: Tensor, peaks: Tensor) -> tuple[list[Segment], list[int]]:
-    """Those of (N, h, w) that may win a pixel somewhere: of most kernels others are larger everywhere, by the bounds of each cell."""
+def _contenders(chosen: list[Segment], logits: Tensor) -> tuple[list[Segment], list[int]]:
+    """Those of (N, h, w) that may win a pixel somewhere: of most kernels others are larger everywhere. What a block's pixels can
+    be lies between the cells in it and around it."""
     weights = torch.tensor([segment.score for segment in chosen], device=logits.device)[:, None, None]
-    least = -F.max_pool2d(-logits, 3, 1, 1)
-    sure = (least.sigmoid_() * weights).amax(0)
-    rows = (peaks.sigmoid() * weights * (1 + 1e-5) >= sure).flatten(1).any(1).nonzero()[:, 0].tolist()
+    shares = logits.sigmoid().mul_(weights)
+    least = _blocks(shares.neg()).amin(0).neg_()
+    rows = (_blocks(shares) * (1 + 1e-5) >= least).flatten(1).any(1).nonzero()[:, 0].tolist()
     return [chosen[row] for row in rows], rows
+
+
+def _blocks(maps: Tensor) -> Tensor:
+    """The largest value in and around every block of (N, h, w); sizes are multiples of a block's, as frames are padded to 32 pixels."""
+    return F.max_pool2d(maps, BLOCK + 2, BLOCK, 1)
 
 
 def _shares(logits: Tensor, upsample: int) -> Tensor:
@@ -111,20 +118,21 @@ def _shares(logits: Tensor, upsample: int) -> Tensor:
     return F.interpolate(logits[None], scale_factor=upsample, mode="bilinear", align_corners=False)[0].sigmoid_()
 
 
-def _inside(logits: Tensor, near: Tensor, size: FrameSize, upsample: int) -> list[int]:
-    """Pixels of each mask (M, h, w), where it is at least one half at the frame's size. `near` (M, h, w) bool says in which cells
-    that can be; only the box of these is made."""
-    counts, scale = [], size.padded[0] // logits.shape[1]
+def _inside(logits: Tensor, size: FrameSize, upsample: int) -> list[int]:
+    """Pixels of each mask (M, h, w), where it is at least one half at the frame's size. Only the blocks' box of those is made."""
+    if not len(logits):
+        return []
+    counts, scale, near = [], size.padded[0] // logits.shape[1], _blocks(logits) >= 0
     for mask, lines in zip(logits, zip(near.any(2).cpu().numpy(), near.any(1).cpu().numpy())):
         parts, pixels = [], []
         for line, shown in zip(map(np.flatnonzero, lines), size.source):
-            first, last = (line[0], line[-1]) if len(line) else (0, -1)
+            first, end = (BLOCK * line[0], BLOCK * line[-1] + BLOCK) if len(line) else (0, 0)
             start = max(first - 1, 0)  # a cell more on each side, for the interpolation
-            parts.append(slice(start, last + 2))
-            pixels.append(slice((first - start) * scale, min((last + 1) * scale, shown) - start * scale))
+            parts.append(slice(start, end + 1))
+            pixels.append(slice((first - start) * scale, min(end * scale, shown) - start * scale))
         full = F.interpolate(_shares(mask[None, *parts], upsample)[None], scale_factor=scale // upsample, mode="bilinear", align_corners=False)
         counts.append((full[0, 0][tuple(pixels)] >= 0.5).sum())
-    return torch.stack(counts).tolist() if counts else []
+    return torch.stack(counts).tolist()
 
 
 def _boxes(labels: np.ndarray, segments: list[Segment], semantic: Tensor, size: FrameSize, things: int) -> np.ndarray:
@@ -133,7 +141,7 @@ def _boxes(labels: np.ndarray, segments: list[Segment], semantic: Tensor, size: 
     if not numbers:
         return np.zeros((0, 4), np.float32)
     axes = [Resampling.bilinear(cells, source, False) for cells, source in zip(semantic.shape[1:], size.source)]
-    allowed = (mask_winners(semantic[None].float().contiguous(), *axes).index[0, 0] < things).cpu().numpy()
+    allowed = (mask_winners(_APART * semantic[None].float().contiguous(), *axes).index[0, 0] < things).cpu().numpy()
     found = find_objects(labels * allowed, len(segments))
     boxes = [
         NOWHERE if (part := found[i - 1]) is None else (part[1].start, part[0].start, part[1].stop - 1, part[0].stop - 1) for i in numbers
