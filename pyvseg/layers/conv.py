@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvseg.layers.packed import Packed, pack_conv, packed_conv, packs
+from pyvseg.layers.transfer import on_gpu
 from pyvseg.ops import conv3x3, conv3x3_weight
 from pyvseg.ops._dispatch import choose
 
@@ -53,9 +57,21 @@ class _FastConv(Packed):
             if gelu and residual is not None:
                 return F.gelu(packed_conv(self.conv, prepared, x, residual))
             return packed_conv(self.conv, prepared, x, residual, "gelu" if gelu else "relu" if relu else "none")
+        if way == "gpu":
+            return _activated(self._on_gpu(x, residual, relu), False, gelu)
         y = self.conv(x) if way is None else _sum_of_taps(prepared(x), self.conv.bias)
         y = y if residual is None else y.add_(residual)
         return _activated(y, relu, gelu)
+
+    def _on_gpu(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        """PyTorch's convolution, and what follows it in one pass."""
+        from pyvseg.kernels.conv_end import conv_end
+
+        conv = self.conv
+        y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups).contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            residual = residual.expand_as(y).contiguous(memory_format=torch.channels_last)
+        return conv_end(y, conv.bias, residual, relu) if relu or residual is not None or conv.bias is not None else y
 
     def _prepare(self, way: str | None, x: Tensor) -> object:
         if way == "taps":
@@ -67,8 +83,10 @@ class _FastConv(Packed):
         return None
 
     def _way(self, x: Tensor) -> str | None:
-        """"winograd", "taps", "packed", or None for the convolution itself. Measured on two cores with AVX-512."""
+        """"winograd", "taps", "packed", "gpu", or None for the convolution itself. Measured on two cores with AVX-512."""
         conv = self.conv
+        if _ends_in_triton(x, conv.weight) and conv.padding_mode == "zeros":
+            return "gpu"
         if x.ndim != 4 or conv.groups > 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or not packs(x, conv.weight):
             return None
         positions = x.shape[0] * x.shape[2] * x.shape[3]
@@ -80,6 +98,20 @@ class _FastConv(Packed):
         if min(conv.in_channels, conv.out_channels) < least or choose("conv3x3", "auto", x, slower="3 times") != "cpu":
             return "packed"
         return "winograd"
+
+
+def _ends_in_triton(x: Tensor, weight: Tensor) -> bool:
+    """Whether bias, addition and ReLU go into one kernel: on a GPU, where no gradient is asked for."""
+    if not on_gpu(x.device) or x.ndim != 4 or x.dtype != weight.dtype or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    return _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _activated(y: Tensor, relu: bool, gelu: bool) -> Tensor:

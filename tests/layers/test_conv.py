@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -22,6 +23,26 @@ def pair(inputs: int, outputs: int, **kwargs) -> tuple[nn.Conv2d, nn.Module]:
 
 def image(*shape: int) -> torch.Tensor:
     return torch.randn(*shape).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("added", ["nothing", "residual", "row"])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_the_end_of_a_convolution_on_a_gpu(bias, added, relu, monkeypatch):
+    """In Triton's interpreter where there is none. A residual may be the same for all images."""
+    monkeypatch.setattr("pyvseg.layers.conv.on_gpu", lambda device: True)
+    conv, fast = pair(6, 300, bias=bias, stride=2)
+    x, residual = image(2, 6, 13, 18), {"nothing": None, "residual": image(2, 300, 7, 9), "row": image(1, 300, 7, 9)}[added]
+    if torch.cuda.is_available():
+        conv, fast, x = conv.cuda(), fast.cuda(), x.cuda()
+        residual = residual if residual is None else residual.cuda()
+    expected = conv(x) if residual is None else conv(x) + residual
+    found = fast(x, residual=residual, relu=relu)
+    assert fast._way(x) == "gpu" and found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected.relu() if relu else expected)
+    assert torch.equal(fast(x, gelu=True), F.gelu(fast(x)))
 
 
 @pytest.mark.parametrize("inputs, outputs, way", [

@@ -36,6 +36,15 @@ class Target:
         return 0
 
 
+def conv_end(kernels: ModuleType) -> None:
+    bias = torch.zeros(70)
+    for dtype in (FLOAT, BF16):
+        maps = torch.zeros(2, 70, 9, 11, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        kernels.conv_end(maps, bias.to(dtype), maps, True)
+        kernels.conv_end(maps, bias.to(dtype), None, False)
+        kernels.conv_end(maps, None, maps, False)
+
+
 def kernel_update(kernels: ModuleType) -> None:
     C = 256
     for dtype in (FLOAT, BF16):
@@ -111,7 +120,7 @@ def point_sample(kernels: ModuleType) -> None:
 
 
 CALLS: dict[str, Callable[[ModuleType], None]] = {
-    call.__name__: call for call in (kernel_update, kmeans_attn, mask_cost, mask_iou, mask_winners, memory_match, memory_read, ms_deform_attn, point_sample)
+    call.__name__: call for call in (conv_end, kernel_update, kmeans_attn, mask_cost, mask_iou, mask_winners, memory_match, memory_read, ms_deform_attn, point_sample)
 }
 
 
