@@ -79,7 +79,7 @@ tests() {
   has xdist && parallel=(-n 8)
   if [ $DEVICE = cuda ]; then
     "$PYTHON" -m pytest -q -m gpu --tb=short -p no:cacheprovider --continue-on-collection-errors ${parallel[@]+"${parallel[@]}"} \
-      tests/ops tests/layers/test_graphs.py tests/models/test_stcn_gpu.py tests/engine/test_gpu.py
+      tests/ops tests/layers/test_graphs.py tests/layers/test_conv.py tests/models/test_stcn_gpu.py tests/engine/test_gpu.py
   else
     "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider tests/ops/test_implementations.py -k "agrees and float32"
   fi

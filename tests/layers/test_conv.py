@@ -29,15 +29,15 @@ def image(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("added", ["nothing", "residual", "row"])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"])
 @torch.inference_mode()
-def test_the_end_of_a_convolution_on_a_gpu(bias, added, relu, monkeypatch):
+def test_the_end_of_a_convolution_on_a_gpu(device, bias, added, relu, monkeypatch):
     """In Triton's interpreter where there is none. A residual may be the same for all images."""
     monkeypatch.setattr("pyvseg.layers.conv.on_gpu", lambda device: True)
     conv, fast = pair(6, 300, bias=bias, stride=2)
     x, residual = image(2, 6, 13, 18), {"nothing": None, "residual": image(2, 300, 7, 9), "row": image(1, 300, 7, 9)}[added]
-    if torch.cuda.is_available():
-        conv, fast, x = conv.cuda(), fast.cuda(), x.cuda()
-        residual = residual if residual is None else residual.cuda()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    conv, fast, x, residual = conv.to(device), fast.to(device), x.to(device), residual if residual is None else residual.to(device)
     expected = conv(x) if residual is None else conv(x) + residual
     found = fast(x, residual=residual, relu=relu)
     assert fast._way(x) == "gpu" and found.is_contiguous(memory_format=torch.channels_last)
