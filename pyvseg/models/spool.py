@@ -38,6 +38,10 @@ class Spool:
     def __len__(self) -> int:
         return len(self._starts)
 
+    @property
+    def nbytes(self) -> int:
+        return self._end
+
     def append(self, tensor: Tensor) -> int:
         """Keeps a tensor of at most 4 dimensions; returns its number."""
         data = arrived(from_device(tensor.detach())).contiguous()

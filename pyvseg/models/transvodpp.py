@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyvseg.layers.deformable_detr import Detections, moved
 from pyvseg.layers.roi import QueryRoIFusion, roi_align
+from pyvseg.layers.transfer import constant
 from pyvseg.models.transvod import Frames, TransVOD, TransVODSettings
 from pyvseg.models.video_detector import MINED, Encoded, to_corners
 
@@ -34,7 +35,7 @@ class TransVODPlusPlus(TransVOD):
         its step for a second time."""
         boxes = moved(found.boxes, self.detector.bbox_embed[-1](found.queries))
         height, width = size
-        return to_corners(boxes) * boxes.new_tensor([width, height, width, height])
+        return to_corners(boxes) * constant((width, height, width, height), boxes.device)
 
     def roi_features(self, pixels: Tensor, found: Detections, size: tuple[int, int]) -> Tensor:
         """(B, Q, 49, C) of pixels (B, h * w, C)"""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyvseg.layers.backbones import ResNetSizes
 from pyvseg.layers.deformable_detr import DeformableDETR, Detections, Grid
 from pyvseg.layers.pyramid import SwinPyramidSizes
+from pyvseg.layers.transfer import constant
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.mask2former import PIXEL_MEAN, PIXEL_STD
 from pyvseg.models.spool import Spool
@@ -140,7 +141,7 @@ def best_pairs(logits: Tensor, boxes: Tensor, size: tuple[int, int], top: int) -
     """Of one frame: logits (Q, K), boxes (Q, 4) -> the `top` likeliest (query, class) pairs."""
     scores, index = logits.float().sigmoid().flatten().topk(min(top, logits.numel()))
     height, width = size
-    corners = to_corners(boxes.float())[index // logits.shape[1]] * boxes.new_tensor([width, height, width, height], dtype=torch.float32)
+    corners = to_corners(boxes.float())[index // logits.shape[1]] * constant((width, height, width, height), boxes.device)
     return FrameDetections(scores, index % logits.shape[1], corners)
 
 

@@ -4,6 +4,7 @@
 import json
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,6 +94,15 @@ def test_every_frame_passes_the_network_once(name, ready, monkeypatch):
     assert sum(passed) == 21 and len(found) == 21
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16(name, small):
+    weights, video = small(name), images(5)
+    exact, near = (pyvseg.load(name, weights=weights, precision=precision).detect(video) for precision in ("float32", "bfloat16"))
+    for a, b in zip(exact, near):
+        assert abs(a.scores[:5] - b.scores[:5]).max() < 0.05
+        assert a.boxes.dtype == b.boxes.dtype == np.float32
+
+
 def test_results_do_not_depend_on_what_is_kept(ready):
     """Against the clip as published: the current frame and its references pass through the network together."""
     network = ready("transvodpp_swin_b_vid").network
@@ -168,6 +178,14 @@ def test_errors(ready, small, tmp_path, capsys):
     with pytest.raises(PyvsegError, match="not ImageNet VID"):
         run(task, tmp_path / "bad.json", out=tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_temporary_folder_that_is_too_small(ready, tmp_path, monkeypatch):
+    write_images(tmp_path / "clip", images(9))
+    monkeypatch.setattr(engine.shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    with pytest.raises(VideoError, match="9 frames take .* GB in the temporary folder .* TMPDIR"):
+        run(ready("transvodpp_swin_b_vid"), tmp_path / "clip", out=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_ctrl_c_and_resume(ready, tmp_path, monkeypatch):

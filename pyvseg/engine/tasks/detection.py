@@ -7,10 +7,12 @@ are COCO results; an image's id is that of the data set, else the frame's number
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
 
 from pyvseg.engine.detection import ObjectDetection
 from pyvseg.engine.jobs import Job, find_videos
@@ -93,9 +95,22 @@ class DetectionLane(Lane):
     def step(self) -> None:
         with span("model", self.name):
             self.detection.step(self.taken)
+            self._check_disk()
             self.done += len(self.taken)
             if self.at_end and not self.session.stop.is_set():
                 self.found = self.detection.finish(self.task.classes, top=self.task.results.top_k, stopped=self.session.stop.is_set)
+
+    def _check_disk(self) -> None:
+        """After the first frames: raises VideoError where what is kept of all of them will not fit."""
+        state = self.detection.state
+        if self.done or state is None or not self.video.frame_count:
+            return
+        bytes_, free = state.kept.nbytes / state.frames * self.video.frame_count, shutil.disk_usage(gettempdir()).free
+        if bytes_ > free:
+            raise VideoError(
+                f"{self.video.source}: {self.video.frame_count} frames take {bytes_ / 1e9:.1f} GB in the temporary folder {gettempdir()}, {free / 1e9:.1f} GB "
+                "are free there; let TMPDIR name another, or use fewer --frames"
+            )
 
     def complete(self) -> bool:
         """Writes the results; False if Ctrl-C came in between."""

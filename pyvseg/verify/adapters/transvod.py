@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -103,20 +104,15 @@ def _frames(manifest: dict, model: VideoDetector, inputs: Arrays) -> Iterator[tu
     found = model.detections(x)
     taps.close()
 
-    def some(name: str, array: np.ndarray) -> np.ndarray:
-        """As many frames as the case has."""
-        return array[: manifest["thinned"].get(f"tap/{name}", {"shape": [len(array)]})["shape"][0]]
-
-    channel = 4 if isinstance(s.backbone, ResNetSizes) else 2
-    if "tap/backbone" in manifest["thinned"]:
-        channel = taps.outputs("backbone", 0)[-1].shape[1] // manifest["thinned"]["tap/backbone"]["shape"][1]
-    yield "tap/backbone", some("backbone", taps.outputs("backbone", 0)[-1][:, ::channel])
+    channel = int(re.search(r"'backbone' keeps every (\d+)", manifest["notes"])[1])
+    some = slice(2 if "keep frames 0 and 1" in manifest["notes"] else None)
+    yield "tap/backbone", taps.outputs("backbone", 0)[-1][some, ::channel]
     code = found.position - model.detector.level_embed
     yield "tap/pos", code.T.unflatten(1, found.grid)[None].numpy()
-    yield "tap/input_proj", some("input_proj", taps.outputs("detector.input_proj", 0))
-    yield "tap/memory", some("memory", found.memory.numpy())
-    yield "tap/decoder_hs_last", some("decoder_hs_last", found.queries.numpy())
-    yield "tap/decoder_ref_last", some("decoder_ref_last", found.boxes.numpy())
+    yield "tap/input_proj", taps.outputs("detector.input_proj", 0)[some]
+    yield "tap/memory", found.memory[some].numpy()
+    yield "tap/decoder_hs_last", found.queries[some].numpy()
+    yield "tap/decoder_ref_last", found.boxes.numpy()
     return found, x
 
 
@@ -144,7 +140,8 @@ def _judged(manifest: dict, name: str, result: np.ndarray, clear: torch.Tensor |
     if clear is None:
         return name, result
     where = np.broadcast_to(clear.numpy().reshape(*result.shape[:-1], 1), result.shape)
-    every = manifest["thinned"][name]["every"] if name in manifest["thinned"] else None
+    thinned = manifest.get("thinned", {})
+    every = thinned[name]["every"] if name in thinned else None
     return name, result, default_rule(manifest, name)._replace(where=where if every is None else where.reshape(-1)[::every])
 
 
