@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyvseg.layers.kernel_head import Refined
 from pyvseg.layers.kernel_init import KernelFrames
+from pyvseg.models.knet import KNet
 from pyvseg.models.video_knet import VideoKNet
 from pyvseg.training.quasi_dense import quasi_dense_losses
 from pyvseg.training.set_criterion import Match, instance_count, solve
@@ -62,7 +63,7 @@ class Predictions(NamedTuple):
     stages: list[Refined]
 
 
-def predictions_of(model: VideoKNet, images: Tensor, previous: Tensor | None = None) -> Predictions:
+def predictions_of(model: KNet, images: Tensor, previous: Tensor | None = None) -> Predictions:
     """Of normalised images (B, 3, H, W), padded to multiples of 32; `previous` (B, N, C): the last kernels of the reference frames."""
     frames = initial = model.initial(model.fpn(model.backbone(images.to(model.dtype))))
     stages: list[Refined] = []
@@ -87,6 +88,8 @@ class KNetCriterion:
     """Weights of the losses, and of the costs where they have the same name.
 
     classes, stuff, upsample   as in `KNetSettings`; upsampled masks are as large as the truth
+    rank                       0: there is no such loss
+    focal                      whether pixels' classes are judged one by one, over the annotated ones, and not by softmax over all pixels
     """
 
     classes: int = 19
@@ -99,6 +102,7 @@ class KNetCriterion:
     seg: float = 1.0
     track: float = 0.25
     aux: float = 1.0
+    focal: bool = False
 
     def __call__(self, predictions: Predictions, truths: Sequence[Truth]) -> dict[str, Tensor]:
         """Unweighted losses by name: loss_rpn_mask, _dice, _rank, _seg, and sI_loss_cls, _mask, _dice of stage I.
@@ -151,13 +155,17 @@ class KNetCriterion:
         things = [self.painted(truth, match) for truth, match in zip(truths, matches)]
         chosen = torch.cat([masks[kernels] for masks, (kernels, _) in zip(initial.masks, matches)])
         wanted = torch.cat([truth.masks[found] for truth, (_, found) in zip(truths, matches)])
-        rank = torch.stack([rank for rank, _ in things])
-        semantic = torch.stack([semantic for _, semantic in things])
-        return {
-            **{name.replace("loss", "loss_rpn"): loss for name, loss in _mask_losses(chosen, wanted).items()},
-            "loss_rpn_rank": F.cross_entropy(initial.masks.float(), rank, ignore_index=-1, reduction="none").mean(),
-            "loss_rpn_seg": F.cross_entropy(initial.semantic.float(), semantic, ignore_index=-1, reduction="none").mean(),
-        }
+        rank, semantic = (torch.stack(maps) for maps in zip(*things))
+        losses = {name.replace("loss", "loss_rpn"): loss for name, loss in _mask_losses(chosen, wanted).items()}
+        if self.rank:
+            losses["loss_rpn_rank"] = F.cross_entropy(initial.masks.float(), rank, ignore_index=-1, reduction="none").mean()
+        return losses | {"loss_rpn_seg": self._semantic_loss(initial.semantic.float(), semantic)}
+
+    def _semantic_loss(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        if not self.focal:
+            return F.cross_entropy(logits, wanted, ignore_index=-1, reduction="none").mean()
+        truth = F.one_hot(wanted + 1, self.classes + 1)[..., 1:].movedim(-1, 1)
+        return _focal(logits, truth).sum() / (wanted >= 0).sum().clamp(min=1)
 
     def painted(self, truth: Truth, match: Match) -> tuple[Tensor, Tensor]:
         """(H, W) each, -1 where nothing is: the kernel, and the class, of every pixel; later ones over earlier, things over stuff."""
@@ -189,10 +197,7 @@ class KNetCriterion:
         labels, weights, masks = (torch.cat(parts) for parts in zip(*wanted))
         found = labels < self.classes
         logits = stage.classes.float().flatten(0, 1)
-        truth = F.one_hot(labels, self.classes + 1)[:, :-1].to(logits.dtype)
-        p = logits.sigmoid()
-        focus = torch.where(truth > 0, _ALPHA * (1 - p) ** _GAMMA, (1 - _ALPHA) * p**_GAMMA)
-        focal = F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * focus * weights
+        focal = _focal(logits, F.one_hot(labels, self.classes + 1)[:, :-1]) * weights
         count = instance_count(int(found.sum()), logits)
         return {"loss_cls": focal.sum() / count, **_mask_losses(stage.masks.flatten(0, 1)[found], masks[found])}
 
@@ -211,6 +216,13 @@ class KNetCriterion:
             rows, found = self.match(classes, masks, truth)
             results.append((model.embed(kernels[rows]), truth.ids[found]))
         return results
+
+
+def _focal(logits: Tensor, truth: Tensor) -> Tensor:
+    """Of every logit, for truth 0 or 1 of the same shape."""
+    p, truth = logits.sigmoid(), truth.to(logits.dtype)
+    focus = torch.where(truth > 0, _ALPHA * (1 - p) ** _GAMMA, (1 - _ALPHA) * p**_GAMMA)
+    return F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * focus
 
 
 def _mask_losses(logits: Tensor, truth: Tensor) -> dict[str, Tensor]:
