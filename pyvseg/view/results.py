@@ -15,6 +15,7 @@ from pyvseg.errors import VideoError
 from pyvseg.video.palette import PALETTE
 from pyvseg.video.panoptic_writer import segment_colour
 
+SEEN = 0.3  # score of a box that counts
 BUCKETS = 48  # cells of the bar that shows when an object is there
 
 
@@ -23,7 +24,7 @@ class Entry:
     """The files of one video; what was not written is None."""
 
     name: str
-    tracks: Path | None = None  # JSON list of objects with COCO RLE, or the segments of each frame
+    tracks: Path | None = None  # JSON list of objects with COCO RLE, or of boxes, or the segments of each frame
     overlay: Path | None = None
     masks: Path | None = None  # folder of PNGs
     error: str | None = None  # why there are no results
@@ -44,7 +45,7 @@ class Object:
     category: str
     score: float
     colour: str  # in the overlay, #rrggbb
-    frames: int  # in which it has a mask
+    frames: int  # in which it has a mask, or a box
     present: str  # "0110...": of each of at most BUCKETS equal parts of the video, whether it is there
 
 
@@ -91,7 +92,7 @@ def _folders(root: Path) -> Iterator[Entry]:
 
 def _dataset(root: Path) -> Iterator[Entry]:
     """Folders for each kind of file, with one file or folder in them for each video."""
-    tracks = {path.stem: path for kind in ("rle", "tracks", "segments") for path in (root / kind).glob("*.json")}
+    tracks = {path.stem: path for kind in ("rle", "tracks", "segments", "boxes") for path in (root / kind).glob("*.json")}
     overlays = {path.stem: path for path in (root / "overlays").glob("*.mp4")}
     if len(tracks) == 1 and (root / "overlay.mp4").is_file():  # one video in the layout of panoptic data sets
         overlays = dict.fromkeys(tracks, root / "overlay.mp4")
@@ -131,12 +132,30 @@ def facts(entry: Entry) -> Facts:
 
 def _read_objects(entry: Entry, found: Facts) -> None:
     given = entry.tracks is not None and (entry.tracks.name == "masks.json" or entry.tracks.parent.name == "rle")  # not found by a model
-    for track in _read_tracks(entry.tracks):
+    entries = _read_entries(entry.tracks)
+    if entries and "bbox" in entries[0]:
+        found.objects = _of_boxes(entries)
+        return
+    for track in entries:
         segments = track["segmentations"]
         found.frames = max(found.frames, len(segments))
         found.size = found.size or next((tuple(rle["size"]) for rle in segments if rle), None)
         found.objects.append(_object(track, segments, "object" if given else f"class {track.get('category_id', 1)}"))
     _colour(found.objects, by_id=given)
+
+
+def _of_boxes(entries: list[dict]) -> list[Object]:
+    """Boxes do not say which belong together: one line for each class that is seen somewhere, with the best of its scores."""
+    frames = {name: t for t, name in enumerate(dict.fromkeys(entry["image_id"] for entry in entries))}
+    classes: dict[int, tuple[dict, list[bool]]] = {}
+    for entry in sorted((e for e in entries if e["score"] >= SEEN), key=lambda e: -e["score"]):
+        number = entry["category_id"]
+        classes.setdefault(number, (entry, [False] * len(frames)))[1][frames[entry["image_id"]]] = True
+    objects = []
+    for number, (entry, present) in classes.items():
+        objects.append(_object({"object_id": number, **entry}, present, f"class {number}"))
+        objects[-1].colour = _hex(1 + (number - 1) % 255)
+    return objects
 
 
 def _read_segments(entry: Entry, found: Facts) -> None:
@@ -166,10 +185,13 @@ def _class_names(path: Path) -> dict[int, str]:
         return {}
 
 
-def _read_tracks(path: Path | None) -> list[dict]:
+def _read_entries(path: Path | None) -> list[dict]:
+    """Tracks, or boxes."""
     try:
-        tracks = json.loads(path.read_bytes()) if path else []
-        return [track for track in tracks if isinstance(track["segmentations"], list) and isinstance(track.get("score", 1.0), (int, float))]
+        entries = json.loads(path.read_bytes()) if path else []
+        if entries and "bbox" in entries[0]:
+            return [{**e, "category_id": int(e["category_id"]), "score": float(e["score"]), "image_id": str(e["image_id"])} for e in entries]
+        return [e for e in entries if isinstance(e["segmentations"], list) and isinstance(e.get("score", 1.0), (int, float))]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []
 

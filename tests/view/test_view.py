@@ -49,6 +49,19 @@ def test_one_video(tmp_path):
     assert cv2.imread(str(tmp_path / "out" / "masks.jpg")).shape == (96, 5 * 128, 3)
 
 
+def test_boxes(tmp_path):
+    results(tmp_path / "out", tracks="results.json")
+    boxes = [("dog", 9, 0, 0.4), ("zebra", 30, 0, 0.1), ("dog", 9, 1, 0.9), ("dog", 9, 2, 0.2), ("fox", 12, 3, 0.5)]
+    entries = [{"image_id": t, "category_id": i, "bbox": [1, 2, 3, 4], "score": score, "category": name} for name, i, t, score in boxes]
+    (tmp_path / "out" / "results.json").write_text(json.dumps(entries))
+    page, _ = write_page(tmp_path / "out")
+    (video,) = data(page)["videos"]
+    assert [(o["category"], o["score"], o["frames"], o["present"]) for o in video["objects"]] == [("dog", 0.9, 2, "1100"), ("fox", 0.5, 1, "0001")]
+    assert video["frames"] == 12  # from the overlay
+    (tmp_path / "out" / "results.json").write_text(json.dumps([entries[0], {"bbox": 3}]))
+    assert data(write_page(tmp_path / "out")[0])["videos"][0]["objects"] == []
+
+
 def test_a_batch_with_hostile_names_and_failures(tmp_path):
     results(tmp_path / HOSTILE, tracks="results.json")
     results(tmp_path / "without overlay", overlay=False)
