@@ -11,7 +11,7 @@
 
 namespace pyvseg::inverted_residual {
 
-constexpr int kChunk = 16;
+constexpr int kChunk = 16, kMostRows = 16;  // of a depthwise kernel
 
 struct Problem {
   const float* x;  // channels are adjacent, the other strides are in floats
@@ -85,7 +85,9 @@ PYVSEG_INLINE void tile(const float* x, int64_t step, int64_t depth, const float
       for (int v = 0; v < V; ++v) sum[r][v] += one * column[v];
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) body(r, v * kLanes, sum[r][v]);
 }
 
@@ -144,16 +146,16 @@ struct Band {
     });
   }
 
-  // R outputs of a row from column `w` on, before the last convolution.
+  // R outputs of a row from column `w` on, before the last convolution, of these rows of the expanded map.
   template <int R>
-  void mix(int64_t row, int64_t w) const {
+  void mix(const float* const* rows, int64_t w) const {
     for (int64_t c = 0; c < p.channels; c += kLanes) {
       vfloat sum[R];
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) sum[r] = load(p.taps_bias + c);
       const float* tap = p.taps + c;
       for (int64_t i = 0; i < p.kernel; ++i) {
-        const float* from = place(row * p.stride - p.before + i) + w * p.stride * p.channels + c;
+        const float* from = rows[i] + w * p.stride * p.channels + c;
         for (int64_t j = 0; j < p.kernel; ++j, tap += p.channels, from += p.channels) {
           const vfloat weight = load(tap);
 #pragma GCC unroll 16
@@ -166,9 +168,11 @@ struct Band {
   }
 
   void output(int64_t row) const {
-    in_tiles(p.out_width, [&](auto rows, int64_t w) {
-      constexpr int R = decltype(rows)::value;
-      mix<R>(row, w);
+    const float* rows[kMostRows];
+    for (int64_t i = 0; i < p.kernel; ++i) rows[i] = place(row * p.stride - p.before + i);
+    in_tiles(p.out_width, [&](auto pixels, int64_t w) {
+      constexpr int R = decltype(pixels)::value;
+      mix<R>(rows, w);
       float* out = y + (row * p.out_width + w) * p.outputs;
       const float* same = x + row * p.row + w * p.column;
       product<R>(mixed, p.channels, p.channels, p.project, p.project_bias, padded(p.outputs) / kChunk, [&](int r, int64_t c, vfloat sum) {
@@ -253,7 +257,7 @@ Tensor inverted_residual(const Tensor& x, const std::optional<Tensor>& expand, c
   STD_TORCH_CHECK(x.dim() == 4 && taps.dim() == 3 && project.dim() == 3 && stride >= 1 && outputs >= 1, "inverted_residual: wrong arguments");
   const int64_t N = x.size(0), I = x.size(1), H = x.size(2), W = x.size(3), C = taps.size(2), kernel = taps.size(0);
   const int64_t chunks = divide_up(outputs, kChunk);
-  STD_TORCH_CHECK(I >= 1 && C >= 1 && C % kChunk == 0 && kernel >= stride && (expand || divide_up(I, kChunk) * kChunk == C), "inverted_residual: channels do not fit");
+  STD_TORCH_CHECK(I >= 1 && C >= 1 && C % kChunk == 0 && kernel >= stride && kernel <= kMostRows && (expand || divide_up(I, kChunk) * kChunk == C), "inverted_residual: channels do not fit");
   STD_TORCH_CHECK(bool(expand) == bool(expand_bias) && (!residual || (stride == 1 && outputs == I)), "inverted_residual: wrong arguments");
   const Tensor input = x.stride(1) == 1 || I == 1 ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
   Problem p{};

@@ -14,6 +14,7 @@ from pyvseg.ops import _dispatch
 __all__ = ["InvertedResidualWeight", "inverted_residual", "inverted_residual_weight"]
 
 CHUNK = 16  # channels of the middle are padded to a multiple of it
+MOST_ROWS = 16  # of a depthwise kernel
 
 
 class InvertedResidualWeight(NamedTuple):
@@ -39,9 +40,9 @@ def inverted_residual_weight(
     fits = fits and project[0].shape[1:] == (channels, 1, 1) and project[1].shape == project[0].shape[:1]
     if expand is not None:
         fits = fits and expand[0].ndim == 4 and expand[0].shape[::2] == (channels, 1) and expand[1].shape == (channels,)
-    if not fits or 0 in (*taps.shape, *project[0].shape):
+    if not fits or 0 in (*taps.shape, *project[0].shape) or taps.shape[3] > MOST_ROWS:
         shapes = [None if pair is None else [tuple(t.shape) for t in pair] for pair in (expand, depthwise, project)]
-        raise ValueError(f"weights must be (C, I, 1, 1), (C, 1, k, k) and (O, C, 1, 1) with their biases, got {shapes}")
+        raise ValueError(f"weights must be (C, I, 1, 1), (C, 1, k, k) and (O, C, 1, 1) with their biases, k at most {MOST_ROWS}, got {shapes}")
     padding = -channels % CHUNK
     return InvertedResidualWeight(
         None if expand is None else _chunks(expand[0].flatten(1)),
