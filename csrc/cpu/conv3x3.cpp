@@ -90,35 +90,49 @@ PYVSEG_INLINE Place place(const Problem& p, int64_t tile) {
 
 PYVSEG_INLINE int64_t padded(int64_t channels) { return (channels + kChunk - 1) / kChunk * kChunk; }
 
+// One vector of channels of a tile; `at(i, j)` are the patch's pixels, nothing below `least` counts.
+template <typename At>
+PYVSEG_INLINE void transform_patch(const At& at, vfloat least, float* v, int64_t stride) {
+  vfloat rows[kPatch][kPatch], d[kPatch], r[kPatch];
+#pragma GCC unroll 6
+  for (int j = 0; j < kPatch; ++j) {
+#pragma GCC unroll 6
+    for (int i = 0; i < kPatch; ++i) d[i] = larger(least, at(i, j));  // a NaN stays one
+    forward(d, r);
+#pragma GCC unroll 6
+    for (int i = 0; i < kPatch; ++i) rows[i][j] = r[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kPatch; ++i) {
+    forward(rows[i], r);
+#pragma GCC unroll 6
+    for (int j = 0; j < kPatch; ++j) store(v + (i * kPatch + j) * stride, r[j]);
+  }
+}
+
 // Tiles begin..end of the block, relative to its first.
 void transform_inputs(const Problem& p, const Block& block, int64_t begin, int64_t end) {
-  const vfloat zero{};
+  const vfloat least = splat(p.relu_input ? 0.0f : -__builtin_inff());
   for (int64_t t = begin; t < end; ++t) {
     const Place at = place(p, block.first + t);
-    const float* pixels[kPatch][kPatch];  // null in the padding
-    for (int i = 0; i < kPatch; ++i)
-      for (int j = 0; j < kPatch; ++j) {
-        const int64_t y = at.y + i - 1, x = at.x + j - 1;
-        const bool inside = y >= 0 && y < p.height && x >= 0 && x < p.width;
-        pixels[i][j] = inside ? p.x.data + at.image * p.x.batch + y * p.x.row + x * p.x.column : nullptr;
-      }
+    const float* corner = p.x.data + at.image * p.x.batch + (at.y - 1) * p.x.row + (at.x - 1) * p.x.column;
+    const auto inside = [&](int64_t i, int64_t j) { return at.y + i >= 1 && at.y + i <= p.height && at.x + j >= 1 && at.x + j <= p.width; };
+    const bool whole = inside(0, 0) && inside(kPatch - 1, kPatch - 1);
     float* out = block.v + t / kGroup * kGroup * padded(p.inputs) + t % kGroup * kChunk;
     for (int64_t c = 0; c < padded(p.inputs); c += kLanes) {
-      vfloat rows[kPatch][kPatch], d[kPatch], r[kPatch];
-      for (int j = 0; j < kPatch; ++j) {
-        for (int i = 0; i < kPatch; ++i) {
-          if (j >= kPatch - kTile && pixels[i][j]) __builtin_prefetch(pixels[i][j] + kTile * p.x.column + c);  // of the next tile
-          d[i] = pixels[i][j] ? load_some(pixels[i][j] + c, p.inputs - c) : zero;
-          if (p.relu_input) d[i] = d[i] < zero ? zero : d[i];
-        }
-        forward(d, r);
-        for (int i = 0; i < kPatch; ++i) rows[i][j] = r[i];
-      }
       float* v = out + c / kChunk * kChunk * kGroup + c % kChunk;
-      for (int i = 0; i < kPatch; ++i) {
-        forward(rows[i], r);
-        for (int j = 0; j < kPatch; ++j) store(v + (i * kPatch + j) * block.stride, r[j]);
-      }
+      if (whole && c + kLanes <= p.inputs)
+        transform_patch(
+            [&](int i, int j) {
+              const float* from = corner + i * p.x.row + j * p.x.column + c;
+              if (j >= kPatch - kTile) __builtin_prefetch(from + kTile * p.x.column);  // of the next tile
+              return load(from);
+            },
+            least, v, block.stride);
+      else
+        transform_patch(
+            [&](int i, int j) { return inside(i, j) ? load_some(corner + i * p.x.row + j * p.x.column + c, p.inputs - c) : vfloat{}; },
+            least, v, block.stride);
     }
   }
 }
