@@ -224,14 +224,12 @@ PYVSEG_KERNELS = {kGroup, transform_inputs, multiply_panel};
 #else
 }  // namespace pyvseg::conv3x3
 
-#include <sys/mman.h>
-
 #include <atomic>
-#include <cstdlib>
 #include <optional>
 #include <thread>
 
 #include "launch.h"
+#include "scratch.h"
 
 namespace pyvseg::conv3x3 {
 
@@ -244,35 +242,6 @@ constexpr int64_t kBlockFloats = 2200000;  // 8.4 MiB of V
 constexpr int64_t kBlocksAtOnce = 16;      // at most, which bounds the scratch memory
 constexpr int64_t kOwnPairs = 8192;        // pairs of channels up to which the weights, V and M of kOwnTiles go with one core's caches
 constexpr int64_t kOwnTiles = 28;
-constexpr size_t kHugePage = 2 << 20;
-
-// A page fault per 4 KiB of a fresh large buffer would cost as much as filling it.
-void prefer_huge_pages(void* data, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-// Scratch memory of one calling thread, kept for its next call: fresh pages would cost a tenth of the convolution.
-struct Scratch {
-  float* data = nullptr;
-  size_t bytes = 0;
-  ~Scratch() { std::free(data); }
-
-  float* at_least(size_t wanted) {
-    if (wanted > bytes) {
-      std::free(data);
-      bytes = (wanted + kHugePage - 1) / kHugePage * kHugePage;
-      data = static_cast<float*>(std::aligned_alloc(kHugePage, bytes));
-      if (!data) bytes = 0;
-      STD_TORCH_CHECK(data, "conv3x3: out of memory");
-      prefer_huge_pages(data, bytes);
-    }
-    return data;
-  }
-};
 
 // One step of the work, which all threads do together. Whoever is free takes the next task, since tasks differ in length
 // and cores in what else they do; nobody goes on before all are finished. Threads wait only for tasks that a running

@@ -205,9 +205,8 @@ PYVSEG_KERNELS = {kRows, band};
 #else
 }  // namespace pyvseg::inverted_residual
 
-#include <cstdlib>
-
 #include "launch.h"
+#include "scratch.h"
 
 namespace pyvseg::inverted_residual {
 
@@ -219,15 +218,6 @@ constexpr int64_t kBandRows = 24;  // at least, unless a thread would have nothi
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-struct Free {
-  void operator()(float* data) const { std::free(data); }
-};
-std::unique_ptr<float, Free> scratch(int64_t floats) {
-  std::unique_ptr<float, Free> data(static_cast<float*>(std::aligned_alloc(64, divide_up(floats, 16) * 64)));
-  STD_TORCH_CHECK(data, "inverted_residual: out of memory");
-  return data;
-}
-
 void run(const Problem& p, int64_t images) {
   const Kernels& k = kernels();
   const int64_t threads = torch::stable::get_num_threads();
@@ -235,10 +225,11 @@ void run(const Problem& p, int64_t images) {
   const int64_t bands = divide_up(p.out_height, each);
   const int64_t floats = (p.kernel + 1) * (p.width + p.kernel) * p.channels + p.width * divide_up(p.inputs, kChunk) * kChunk + k.rows * p.channels;
   parallel_for(0, images * bands, 1, [&](int64_t begin, int64_t end) {
-    const auto data = scratch(floats);
+    static thread_local Scratch scratch;
+    float* data = scratch.at_least(sizeof(float) * floats);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % bands * each;
-      k.band(p, i / bands, first, std::min(first + each, p.out_height), data.get());
+      k.band(p, i / bands, first, std::min(first + each, p.out_height), data);
     }
   });
 }
