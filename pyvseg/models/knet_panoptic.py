@@ -105,6 +105,7 @@ def _contenders(chosen: list[Segment], logits: Tensor) -> tuple[list[Segment], l
     shares = logits.sigmoid().mul_(weights)
     least = _blocks(shares.neg()).amin(0).neg_()
     rows = (_blocks(shares) * (1 + 1e-5) >= least).flatten(1).any(1).nonzero()[:, 0].tolist()
+    rows = rows or [0]  # NaN is larger than nothing
     return [chosen[row] for row in rows], rows
 
 

@@ -2,12 +2,15 @@
 """Video K-Net: stored cases, the panoptic merge against its plain formulation, tracking, saved states, published names."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.models.panoptic import Stopwatch
+from benchmarks.models.video_knet import Published, drawn
 from pyvseg.api import InstanceModel, PanopticModel
 from pyvseg.checkpoints import key_maps, map_keys
 from pyvseg.engine.types import Frame
@@ -20,7 +23,7 @@ from pyvseg.models.frame_size import FloatFrameSize, FrameSize
 from pyvseg.models.knet_panoptic import NOWHERE, MergeSettings, merge
 from pyvseg.models.quasi_dense import Detections, QuasiDenseSettings, QuasiDenseState, track
 from pyvseg.models.state import load_state, save_state
-from pyvseg.models.video_knet import VideoKNet, VideoKNetSettings
+from pyvseg.models.video_knet import VideoKNet, VideoKNetSettings, VideoKNetState
 from pyvseg.models.video_knet_instances import VideoKNetInstances, VideoKNetInstancesSettings
 from pyvseg.verify import verify_case
 from tests.conftest import shared
@@ -144,10 +147,23 @@ def test_merge_is_the_published_one(source):
     assert found.boxes.tolist() == [[x.min(), y.min(), x.max(), y.max()] for y, x in inside]
 
 
+def test_merge_is_that_of_the_benchmark():
+    settings, state = VideoKNetSettings(), VideoKNetState(FrameSize.of(187, 620, None))
+    classes, masks = given = drawn(settings, state.size.padded)
+    semantic = torch.randn(1, 19, *masks.shape[1:], generator=torch.Generator().manual_seed(0))
+    published = Published(SimpleNamespace(settings=settings), state, Stopwatch(False), given).merge(semantic)
+    found = merge(classes.sigmoid(), masks, semantic[0], state.size, settings.stuff, settings.upsample, settings.merge)
+    assert sum(s.is_thing for s in found.segments) > 2 and sum(not s.is_thing for s in found.segments) > 2
+    assert np.mean(found.labels != published.labels) < 1e-3 and np.array_equal(found.boxes, published.boxes)
+    assert [(s.category, s.rank) for s in found.segments if s.is_thing] == [(s.category, s.rank) for s in published.segments if s.is_thing]
+
+
 def test_a_frame_of_nothing(panoptic):
     size = FrameSize.of(64, 96, None)
     found = merge(torch.zeros(9, 5), torch.full((9, 8, 12), -9.0), torch.zeros(5, 8, 12), size, 3, 4, MergeSettings())
     assert not found.segments and not found.labels.any() and found.boxes.shape == (0, 4)
+    broken = merge(torch.full((9, 5), torch.nan), torch.full((9, 8, 12), torch.nan), torch.zeros(5, 8, 12), size, 3, 4, MergeSettings())
+    assert broken.labels.shape == (64, 96)
 
 
 def test_a_thing_that_no_pixel_of_the_semantic_map_supports_has_the_published_box():
