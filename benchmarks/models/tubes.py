@@ -134,14 +134,22 @@ def rows_of(images: np.ndarray, rounds: int, threads: int) -> dict[str, dict]:
         for name, run in ways.items():
             wall, _, stages = min((each[name] for each in runs), key=lambda found: found[0])
             rows[name] = {
-                "seconds per frame": wall / len(images), "CPU seconds per frame": min(each[name][1] for each in runs) / len(images),
-                "peak memory, MB": run.peak_memory() / 1e6, "shares": {stage: seconds / wall for stage, seconds in stages.items()},
-            }  # fmt: skip
+                "seconds per frame": wall / len(images),
+                "CPU seconds per frame": min(each[name][1] for each in runs) / len(images),
+                "peak memory, MB": run.peak_memory() / 1e6,
+                "shares": {stage: seconds / wall for stage, seconds in stages.items()},
+            }
             run.close()
     return rows
 
 
-def main(sizes: tuple[str, ...] = ("480x854", "720x1280"), rounds: int = 3, threads: int = 2, video: Path | None = None, out: Path | None = None) -> None:
+def main(
+    sizes: tuple[str, ...] = ("480x854", "720x1280"),
+    rounds: int = 3,
+    threads: int = 2,
+    video: Path | None = None,
+    out: Path | None = None,
+) -> None:
     """Time Tube-Link (ResNet-50, VIPSeg) on tubes of 4 frames.
 
     Args:

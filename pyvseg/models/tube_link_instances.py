@@ -20,7 +20,8 @@ from pyvseg.models.video_instances import Selection, VideoInstances
 
 @dataclass(frozen=True)
 class TubeLinkInstancesSettings(TubeLinkSettings):
-    """
+    """Published constants.
+
     tube    frames segmented together, a few less where a chunk does not come out even
     chunk   frames after which the tubes are counted anew
     top     (object, class) pairs that may become tracks

@@ -20,7 +20,8 @@ from pyvseg.ops import mask_overlap, pack_masks
 
 @dataclass(frozen=True)
 class TubeLinkPanopticSettings(TubeMapSettings):
-    """
+    """Published constants.
+
     link_ffn            inner width of the linking feed-forward layer
     object_threshold    queries of no higher class score do not take part
     overlap_threshold   a segment must win this share of its own mask

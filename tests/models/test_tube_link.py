@@ -55,7 +55,8 @@ def model(kind, settings):
 def maps_model(length, semantic=False, **more):
     if semantic:
         return model(TubeLinkSemantic, TubeMapSettings(**SIZES, clip_length=length))
-    return model(TubeLinkPanoptic, TubeLinkPanopticSettings(**SIZES, things=(1, 4), clip_length=length, object_threshold=0.3, overlap_threshold=0.2, **more))
+    rules = {"things": (1, 4), "object_threshold": 0.3, "overlap_threshold": 0.2}
+    return model(TubeLinkPanoptic, TubeLinkPanopticSettings(**SIZES, clip_length=length, **rules, **more))
 
 
 def frames(count):
@@ -224,7 +225,8 @@ def test_embeddings_move_half_way():
 
 
 def test_empty_masks_are_each_others_duplicates():
-    assert track(TubeTracks(), torch.ones(3), boxes(slice(0, 0), slice(0, 4), slice(0, 0)), torch.eye(3), 0, CHECKED).kept.tolist() == [True, True, False]
+    masks = boxes(slice(0, 0), slice(0, 4), slice(0, 0))
+    assert track(TubeTracks(), torch.ones(3), masks, torch.eye(3), 0, CHECKED).kept.tolist() == [True, True, False]
 
 
 def test_ids_return_only_when_nothing_bears_them():
@@ -242,7 +244,8 @@ def tube(*listed, masks):
     for s, mask in enumerate(masks, 1):
         labels[-1][mask] = s
     scores, classes = torch.full((count,), 0.9), torch.zeros(count, dtype=torch.int64)
-    return TubePanoptic(labels, torch.arange(count) + 3, classes, scores, torch.tensor(listed), 3 * torch.randn(12, 32, generator=torch.manual_seed(5)))
+    states = 3 * torch.randn(12, 32, generator=torch.manual_seed(5))
+    return TubePanoptic(labels, torch.arange(count) + 3, classes, scores, torch.tensor(listed), states)
 
 
 @torch.inference_mode()
@@ -290,7 +293,8 @@ def test_won_segments_are_mask2formers():
 def test_files_of_the_authors_load_and_others_are_refused(tmp_path, monkeypatch):
     weights = {key: torch.from_numpy(value) for key, value in load_case(shared("parity", "tube_link-small")).weights.items()}
     settings = TubeLinkPanopticSettings(
-        classes=9, things=tuple(range(5)), queries=14, backbone=ResNetSizes(18, outputs=64), encoder_layers=2, encoder_ffn=128, decoder_layers=3, ffn=192
+        classes=9, things=tuple(range(5)), queries=14, backbone=ResNetSizes(18, outputs=64), encoder_layers=2, encoder_ffn=128, decoder_layers=3,
+        ffn=192,
     )  # fmt: skip
     small = replace(zoo.variant("tube_link_r50_vipseg"), settings=settings)
     monkeypatch.setitem(zoo.ZOO, small.name, small)

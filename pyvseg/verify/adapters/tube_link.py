@@ -80,7 +80,8 @@ def _panoptic(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, 
     )  # fmt: skip
     things = tuple(range(config["num_things"]))
     settings = TubeLinkPanopticSettings(
-        **_sizes(config), things=things, clip_length=config["tube"], object_threshold=test.get("object_mask_thr", 0.8), overlap_threshold=test["iou_thr"], tracker=tracker
+        **_sizes(config), things=things, clip_length=config["tube"], object_threshold=test.get("object_mask_thr", 0.8),
+        overlap_threshold=test["iou_thr"], tracker=tracker,
     )  # fmt: skip
     model = _loaded(_RecordedPanoptic(settings), weights)
     model.tubes, model.clips, taps = [], [], network_taps(model)
