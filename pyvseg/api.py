@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from pyvseg.engine.detection import detect
+from pyvseg.engine.detection import DetectionStream, detect
 from pyvseg.engine.instances import InstanceStream, segment
 from pyvseg.engine.panoptic import PanopticSegmentation, segment_frames
 from pyvseg.engine.propagate import Propagation, propagate, ready
@@ -135,6 +135,10 @@ class DetectionModel:
         used, OutputError where the temporary folder is full.
         """
         return detect(self.network, open_video(video), self.classes, top)
+
+    def stream(self) -> DetectionStream:
+        """For a camera: the objects of each frame as it comes. Raises PyvsegError for models that see frames together."""
+        return DetectionStream(self.network, self.classes)
 
 
 def load(

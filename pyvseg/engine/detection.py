@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from pyvseg.engine.trace import span
 from pyvseg.engine.types import Frame
-from pyvseg.errors import VideoError
-from pyvseg.models.video_detections import VideoDetections
+from pyvseg.errors import PyvsegError, VideoError
+from pyvseg.models.transvod_single import TransVODSingle
+from pyvseg.models.video_detections import FrameObjects, VideoDetections
 from pyvseg.models.video_detector import DetectionState, VideoDetector
 
 _TOGETHER = 2  # frames that pass through the network at a time
@@ -65,6 +67,21 @@ class ObjectDetection:
         if shape != self.state.size.source:
             before = "x".join(map(str, self.state.size.source[::-1]))
             raise VideoError(f"frame {frame.name}: size changes from {before} to {shape[1]}x{shape[0]}; split the video there or resize it")
+
+
+class DetectionStream:
+    """Objects of a live video, frame by frame, with a model that looks at single frames. Raises PyvsegError for others."""
+
+    def __init__(self, model: VideoDetector, classes: tuple[str, ...] = ()) -> None:
+        if not isinstance(model, TransVODSingle):
+            raise PyvsegError(f"this {type(model).__name__} sees a frame with others of the whole video; for a stream take transvod_single_*")
+        self.model, self.classes, self.frames = model, classes, 0
+
+    def step(self, image: np.ndarray, *, top: int | None = None) -> FrameObjects:
+        """The next frame, uint8 RGB (H, W, 3); `top` boxes at most, None for the published 100."""
+        (found,) = detect(self.model, [Frame(self.frames, image, f"{self.frames:05d}")], self.classes, top)
+        self.frames += 1
+        return replace(found, index=self.frames - 1)
 
 
 def detect(model: VideoDetector, frames: Iterable[Frame], classes: tuple[str, ...] = (), top: int | None = None) -> VideoDetections:

@@ -55,10 +55,10 @@ def way(state: Mapping[str, Tensor], part: str) -> str | None:
 def _fitting_transvod(weights: Mapping[str, Tensor], variants: Iterable[Variant]) -> list[str]:
     state = map_keys(weights, key_maps.TRANSVOD)
     queries, logits = state.get("detector.query_embed.weight"), state.get("detector.class_embed.0.bias")
-    if queries is None or logits is None or "query_layers.0.norm1.weight" not in state:
+    if queries is None or logits is None:
         return []
-    several = "temporal_decoders.1.norm1.weight" in state
-    system = "transvodpp" if "fusion.norm1.weight" in state else "transvod_lite" if several else "transvod"
+    tells = {"fusion.norm1.weight": "transvodpp", "temporal_decoders.1.norm1.weight": "transvod_lite", "query_layers.0.norm1.weight": "transvod"}
+    system = next((system for key, system in tells.items() if key in state), "transvod_single")
     found = system, len(queries), len(logits), _backbone(state)
     detectors = [v for v in variants if isinstance(v.settings, DetectorSettings)]
     return [v.name for v in detectors if found == (v.system, v.settings.queries, v.settings.classes, _sizes(v.settings))]

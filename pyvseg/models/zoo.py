@@ -26,6 +26,7 @@ from pyvseg.models.minvis import MinVIS
 from pyvseg.models.stcn import STCN, STCNSettings
 from pyvseg.models.transvod import TransVOD
 from pyvseg.models.transvod_lite import TransVODLite
+from pyvseg.models.transvod_single import TransVODSingle
 from pyvseg.models.transvodpp import TransVODPlusPlus
 from pyvseg.models.tube_link import mmdet_swin
 from pyvseg.models.tube_link_instances import TubeLinkInstances
@@ -116,6 +117,7 @@ SYSTEMS = {"stcn": _VOS, "pcvos": _VOS} | {
 } | {
     "transvod": System(TransVOD, key_maps.TRANSVOD_V1, key_maps.TRANSVOD_IGNORED),
     "transvodpp": System(TransVODPlusPlus, key_maps.TRANSVOD, key_maps.TRANSVOD_IGNORED),
+    "transvod_single": System(TransVODSingle, key_maps.TRANSVOD, key_maps.TRANSVOD_IGNORED),
     "transvod_lite": System(TransVODLite, key_maps.TRANSVOD, key_maps.TRANSVOD_IGNORED),
 }  # fmt: skip
 

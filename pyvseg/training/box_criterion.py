@@ -5,8 +5,8 @@
     losses, _ = criterion(predictions, [Target(labels, boxes)])    # TransVOD, TransVOD++: the first frame's; Lite: one of every frame
     criterion.total(losses).backward()
 
-The published systems train a detector of single frames first, on `frame_predictions`, then what stands behind it alone:
-`temporal_parameters`. The queries that take part there are chosen by the detector's class head.
+The published systems train a detector of single frames first (`TransVODSingle`), on `frame_predictions`, then what stands behind it
+alone: `temporal_parameters`. They do so with a dropout of 0.1, which these networks leave out. The queries that take part there are chosen by the detector's class head.
 """
 
 from __future__ import annotations

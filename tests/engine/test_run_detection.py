@@ -13,7 +13,7 @@ import torch
 import pyvseg
 from pyvseg import checkpoints
 from pyvseg.cli.main import main
-from pyvseg.engine.detection import ObjectDetection, detect
+from pyvseg.engine.detection import DetectionStream, ObjectDetection, detect
 from pyvseg.engine.recipe import Results
 from pyvseg.engine.run import run
 from pyvseg.engine.tasks import detection as engine
@@ -28,7 +28,7 @@ from pyvseg.models.state import load_state, save_state
 from pyvseg.models.video_detector import VideoDetector
 from tests.video.clips import images, write_images, write_video
 
-NAMES = ["transvod_r50_vid", "transvodpp_swin_b_vid", "transvod_lite_swin_b_vid"]
+NAMES = ["transvod_single_r50_vid", "transvod_r50_vid", "transvodpp_swin_b_vid", "transvod_lite_swin_b_vid"]
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def small(monkeypatch, tmp_path):
         torch.manual_seed(0)
         path = tmp_path / f"{name}.safetensors"
         network = zoo.SYSTEMS[chosen.system].network(chosen.settings)
-        for head in network.class_heads:
+        for head in getattr(network, "class_heads", network.detector.class_embed):
             torch.nn.init.normal_(head.weight, std=1.0)  # sure of something
         checkpoints.write(path, network.state_dict())
         return path
@@ -117,6 +117,17 @@ def test_results_do_not_depend_on_what_is_kept(ready):
     np.testing.assert_allclose(found[2].scores, scores, rtol=1e-4)
     if np.array_equal(found[2].labels + 1, expected.labels[expected.labels > 0]):
         np.testing.assert_allclose(found[2].boxes, expected.boxes[expected.labels > 0], atol=1e-2)
+
+
+def test_a_stream(ready):
+    video, network = images(4), ready("transvod_single_r50_vid").network
+    whole, stream = detect(network, [Frame(t, image, str(t)) for t, image in enumerate(video)]), DetectionStream(network)
+    for image, expected in zip(video, whole):
+        found = stream.step(image)
+        assert found.index == expected.index and len(found) == len(expected) > 0
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4)
+    with pytest.raises(PyvsegError, match="take transvod_single"):
+        DetectionStream(ready("transvod_r50_vid").network)
 
 
 def test_a_saved_state_goes_on(ready, tmp_path):
