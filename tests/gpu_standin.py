@@ -28,13 +28,18 @@ class Stream:
 
 class Event:
     def __init__(self, blocking: bool = False) -> None:
-        self.recorded = False
+        self.recorded = self.waited = False
 
     def record(self, stream: Stream) -> None:
         self.recorded = isinstance(stream, Stream)
 
+    def query(self) -> bool:
+        """It takes as long as one is ready to wait."""
+        return self.waited
+
     def synchronize(self) -> None:
         assert self.recorded
+        self.waited = True
 
 
 class Graph:

@@ -107,6 +107,9 @@ class Arriving:
             part._there = row
             yield part
 
+    def is_there(self) -> bool:
+        return self._done.query()
+
     def wait(self) -> Tensor:
         self._done.synchronize()
         return self._there
@@ -115,6 +118,10 @@ class Arriving:
 def from_device(x: Tensor) -> Tensor | Arriving:
     """The tensor in main memory; from a GPU as something that is to be waited for."""
     return Arriving(x) if on_gpu(x.device) else x
+
+
+def has_arrived(x: Tensor | Arriving) -> bool:
+    return not isinstance(x, Arriving) or x.is_there()
 
 
 def arrived(x: Tensor | Arriving) -> Tensor:

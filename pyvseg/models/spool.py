@@ -6,8 +6,11 @@ from __future__ import annotations
 import math
 import shutil
 from array import array
+from collections import deque
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import SpooledTemporaryFile, gettempdir
 
@@ -16,11 +19,12 @@ import torch
 from torch import Tensor
 
 from pyvseg.errors import OutputError
-from pyvseg.layers.transfer import arrived, from_device
+from pyvseg.layers.transfer import Arriving, arrived, from_device, has_arrived
 
 MEMORY_BYTES = 8 << 20  # of a spool that stay in memory; more goes to a temporary file
 _MARGIN = 2  # cells around a mask's set cells that its full-size pixels depend on, see `MaskStore`
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.uint8)
+_BEHIND = 4  # tensors of a GPU that may be on their way
 _HEAD = 6  # numbers before a tensor's values: dtype, dimensions, at most four of them
 
 
@@ -34,17 +38,39 @@ class Spool:
         self._file = SpooledTemporaryFile(MEMORY_BYTES)
         self._starts = array("q")
         self._end = 0
+        self._coming: deque[tuple[Tensor | Arriving, Callable[[Tensor], Iterable[Tensor]]]] = deque()
 
     def __len__(self) -> int:
+        self._settle()
         return len(self._starts)
 
     @property
     def nbytes(self) -> int:
+        self._settle()
         return self._end
 
     def append(self, tensor: Tensor) -> int:
         """Keeps a tensor of at most 4 dimensions; returns its number."""
-        data = arrived(from_device(tensor.detach())).contiguous()
+        self._settle()
+        return self._write(arrived(from_device(tensor.detach())))
+
+    def later(self, tensor: Tensor, make: Callable[[Tensor], Iterable[Tensor]] = lambda x: (x,)) -> None:
+        """Appends what `make` makes of the tensor: from a GPU when that has arrived, so that nobody waits for it here."""
+        self._coming.append((from_device(tensor.detach()), make))
+        while self._coming and (len(self._coming) > _BEHIND or has_arrived(self._coming[0][0])):
+            self._take_over()
+
+    def _settle(self) -> None:
+        while self._coming:
+            self._take_over()
+
+    def _take_over(self) -> None:
+        tensor, make = self._coming.popleft()
+        for each in make(arrived(tensor)):
+            self._write(each)
+
+    def _write(self, tensor: Tensor) -> int:
+        data = tensor.contiguous()
         head = np.zeros(_HEAD, np.int64)
         head[: 2 + data.ndim] = (_DTYPES.index(data.dtype), data.ndim, *data.shape)
         with _disk_errors():
@@ -53,7 +79,7 @@ class Spool:
             self._file.write(data.flatten().view(torch.uint8).numpy().data)
         self._starts.append(self._end)
         self._end += head.nbytes + data.nbytes
-        return len(self) - 1
+        return len(self._starts) - 1
 
     def __getitem__(self, number: int) -> Tensor:
         dtype, shape = self._head(number)
@@ -66,6 +92,7 @@ class Spool:
         return self._values(dtype, count)
 
     def _head(self, number: int) -> tuple[torch.dtype, tuple[int, ...]]:
+        self._settle()
         self._file.seek(self._starts[number])
         dtype, dimensions, *shape = np.frombuffer(self._file.read(8 * _HEAD), np.int64).tolist()
         return _DTYPES[dtype], tuple(shape[:dimensions])
@@ -75,6 +102,7 @@ class Spool:
 
     def save(self, path: Path) -> None:
         """Writes everything to `path`; `load` reads it."""
+        self._settle()
         with _disk_errors(path), open(path, "wb") as out:
             np.array([len(self), self._end], np.int64).tofile(out)
             self._starts.tofile(out)
@@ -95,6 +123,7 @@ class Spool:
         return spool
 
     def __getstate__(self) -> dict:
+        self._settle()
         self._file.seek(0)
         return {"bytes": self._file.read(), "starts": self._starts}
 
@@ -131,16 +160,8 @@ class MaskStore:
 
     def append(self, logits: Tensor, objects: list[int]) -> None:
         """The next frame: logits (N, h, w) of `objects`."""
-        logits = arrived(from_device(logits.detach()))
         self.grid = tuple(logits.shape[-2:])
-        inside = (logits > 0).view(torch.uint8)  # `any` of bool takes PyTorch five times as long
-        rows, columns = (inside.amax(dim).bool().numpy() for dim in (2, 1))
-        present = np.flatnonzero(rows.any(1))
-        (top, bottom), (left, right) = _spans(rows[present]), _spans(columns[present])
-        boxes = np.stack([np.asarray(objects, np.int32)[present], top, left, bottom - top, right - left], 1).astype(np.int32)
-        parts = [logits[i, t:b, le:r].float().flatten() for i, t, b, le, r in zip(present.tolist(), top, bottom, left, right)]
-        self.spool.append(torch.from_numpy(boxes))
-        self.spool.append(torch.cat(parts) if parts else torch.empty(0))
+        self.spool.later(logits, partial(_boxed, objects))
 
     def get(self, frame: int, objects: list[int]) -> tuple[list[int], Tensor]:
         """Which of `objects` (their positions) have a mask in `frame`, and the logits (P, h, w) of these."""
@@ -154,6 +175,17 @@ class MaskStore:
             part = self.spool.part(2 * frame + 1, int(starts[row[objects[i]]]), height * width)
             plane[top : top + height, left : left + width] = part.view(height, width)
         return present, logits
+
+
+def _boxed(objects: list[int], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What a `MaskStore` keeps of a frame: boxes and the logits in them."""
+    inside = (logits > 0).view(torch.uint8)  # `any` of bool takes PyTorch five times as long
+    rows, columns = (inside.amax(dim).bool().numpy() for dim in (2, 1))
+    present = np.flatnonzero(rows.any(1))
+    (top, bottom), (left, right) = _spans(rows[present]), _spans(columns[present])
+    boxes = np.stack([np.asarray(objects, np.int32)[present], top, left, bottom - top, right - left], 1).astype(np.int32)
+    parts = [logits[i, t:b, le:r].float().flatten() for i, t, b, le, r in zip(present.tolist(), top, bottom, left, right)]
+    return torch.from_numpy(boxes), (torch.cat(parts) if parts else torch.empty(0))
 
 
 def _spans(set_lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

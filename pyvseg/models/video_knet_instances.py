@@ -79,8 +79,8 @@ class VideoKNetInstances(KNet):
         total = clip.kernels.float().sum(0)
         state.kernels = total if state.kernels is None else state.kernels + total
         for features, masks in zip(clip.features, clip.masks):
-            state.features.append(features.permute(1, 2, 0))  # as they lie in memory
-            state.masks.append(masks)
+            state.features.later(features.permute(1, 2, 0))  # as they lie in memory
+            state.masks.later(masks)
 
     def finish(self, state: VideoKNetClip, top: int | None = None, compat: bool = True) -> VideoInstances:
         """Every frame is passed once for each stage of the whole video, and once for its masks."""

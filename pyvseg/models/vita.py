@@ -77,7 +77,7 @@ class VITA(Mask2Former):
     def link(self, clip: FrameTokens, state: VITAState) -> None:
         state.queries.append(clip.queries)
         for masks in clip.masks:
-            state.masks.append(masks.permute(1, 2, 0))  # as they lie in memory
+            state.masks.later(masks.permute(1, 2, 0))  # as they lie in memory
 
     def finish(self, state: VITAState, top: int | None = None, compat: bool = True) -> VideoInstances:
         """One pass of the video module over all frames; masks are made for the best queries only."""
