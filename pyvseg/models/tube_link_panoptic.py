@@ -14,7 +14,7 @@ from pyvseg.layers.attention import MLP, Attention, FeedForward
 from pyvseg.layers.pixel_decoder import PixelFeatures
 from pyvseg.models.frame_size import FrameSize
 from pyvseg.models.tube_link_maps import TubeMaps, TubeMapSettings, TubeMapsState
-from pyvseg.models.tube_link_tracker import Tracked, TubeTrackerSettings, track
+from pyvseg.models.tube_link_tracker import BACKDROP, Tracked, TubeTrackerSettings, track
 from pyvseg.ops import mask_overlap, pack_masks
 
 
@@ -111,16 +111,16 @@ class TubeLinkPanoptic(TubeMaps):
         state.queries = queries
         is_thing = clip.classes < len(self.settings.things)
         things = self._tracked_things(clip.listed & is_thing)
-        if not things:  # published: they keep numbers of the tube's own
-            untracked = torch.where(is_thing, clip.queries + 1, 0).tolist()
-            return LinkedTube(untracked, queries, [], None, None)
+        instances = torch.where(is_thing, clip.queries + 1, 0).tolist()  # published: forgotten things keep numbers of the tube's own
+        if not things:
+            return LinkedTube(instances, queries, [], None, None)
         embeddings = self.linker.embedding(queries[clip.queries[things]]).float()
         last = torch.stack([clip.labels[-1] == s + 1 for s in things])
         tracked = track(state.tracks, clip.scores[things], last, embeddings, state.written, self.settings.tracker)
         which = range(len(things)) if self.settings.compat else tracked.kept.nonzero()[:, 0].tolist()
-        instances = [0] * len(clip.queries)
-        for i, name in zip(which, tracked.ids):
-            instances[things[i]] = max(name + 1, 0)
+        found = dict(zip(which, tracked.ids))
+        for i, segment in enumerate(things):
+            instances[segment] = max(found.get(i, BACKDROP) + 1, 0)
         return LinkedTube(instances, queries, things, embeddings, tracked)
 
     def _tracked_things(self, listed: Tensor) -> list[int]:

@@ -257,7 +257,7 @@ def test_published_faults_and_their_remedy():
     for compat in (True, False):
         network = maps_model(2, compat=compat)
         found[compat] = [network.link(clip, network.new_state(8, 40)).instances for clip in (duplicates, forgotten, untracked)]
-    assert found[True] == [[1, 2, 3, 0], [0, 1], [4, 5]]  # the next ones' ids; the first forgotten; numbers of their queries
+    assert found[True] == [[1, 2, 3, 0], [4, 1], [4, 5]]  # the next ones' ids; the first, then all keep numbers of their queries
     assert found[False] == [[1, 0, 2, 3], [1, 2], [1, 2]]
 
 
