@@ -22,7 +22,7 @@ J = TypeVar("J")
 
 
 def drive(
-    jobs: Iterable[J],
+    jobs: Iterable[J | None],
     make: Callable[[J], Lane | None],
     together: Callable[[list[Lane]], None],
     ended: Callable[[J, Exception | None], None],
@@ -32,6 +32,7 @@ def drive(
 ) -> None:
     """Runs all jobs, up to `at_once` at a time, in their order: a resumed run puts the same frames together.
 
+    jobs      may give None every now and then, instead of blocking, while nobody knows of another job
     make      opens a job's video; None where nothing is left to do
     together  the model's part of a turn that the videos share
     ended     is told of every job that ended, and of its error if it failed; what it raises ends the run
@@ -42,7 +43,10 @@ def drive(
     try:
         with ThreadPoolExecutor(at_once, "pyvseg-finish") as street.pool:
             with Prefetch(street.opened(jobs), 1) as ahead:
-                street.run(iter(ahead))
+                try:
+                    street.run(iter(ahead))
+                finally:
+                    street.over = True
             street.settle()
     except BaseException as error:  # Ctrl-C for the second time, in the middle of a turn, among them
         street.abandon(error)
@@ -62,12 +66,17 @@ class _Street:
         self.stopped: list[str] = []
         self.held: tuple | None = None  # taken from those waiting, but has to be alone, or another one is
         self.cut = False  # jobs remain that nobody began
+        self.over = False  # no more videos are wanted
 
     def opened(self, jobs: Iterable) -> Iterator[tuple[object, Lane | None, Exception | None]]:
         for job in jobs:
             if self.stop.is_set():
                 self.cut = True
                 return
+            if self.over:
+                return
+            if job is None:
+                continue
             lane = None
             try:
                 lane = self.make(job)

@@ -226,18 +226,25 @@ def _serve(pipe: Connection, recipe, out: Path, number: int, count: int, keep: b
         pass  # nobody listens any more
 
 
-def _jobs(pipe: Connection, stop: Event) -> Iterator[Job]:
-    """Jobs as they come; another thread listens, so that `stop` is heard at any time."""
-    heard: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+def _jobs(pipe: Connection, stop: Event) -> Iterator[Job | None]:
+    """Jobs as they come, None while there is none; another thread listens, so that `stop` is heard at any time."""
+    heard: queue.SimpleQueue[Job | str] = queue.SimpleQueue()
 
     def listen() -> None:
         try:
             while (message := pipe.recv()) != "stop":
-                heard.put(None if message == "all" else message)
+                heard.put(message)
         except (EOFError, OSError):  # the parent died, and the same command may have begun again: nobody else may write there
             os._exit(1)
         stop.set()
-        heard.put(None)
+        heard.put("all")
 
     threading.Thread(target=listen, daemon=True, name="pyvseg-listen").start()
-    return iter(heard.get, None)
+    while True:
+        try:
+            job = heard.get(timeout=0.2)
+        except queue.Empty:
+            job = None
+        if job == "all":
+            return
+        yield job

@@ -13,6 +13,7 @@ from multiprocessing import active_children
 
 import pytest
 
+from pyvseg.engine.output import VideoOutput
 from pyvseg.engine.workers import Workers
 from pyvseg.errors import OutputError
 from tests.conftest import ROOT
@@ -95,6 +96,29 @@ def test_ctrl_c(clips, tmp_path, undisturbed):  # noqa: F811
     report = go(clips, out, StandinRecipe(delay=0.03))
     assert (report.before, report.done) == (kept, 6 - kept) and report.frames < 64
     assert files(out) == undisturbed
+
+
+class Refused(StandinRecipe):
+    """The disk refuses the results of a when b is under way, c is open, and no other video has been sent."""
+
+    def task(self):
+        finish = VideoOutput.finish
+
+        def refusing(output, keep=None):
+            if output.name == "a":
+                time.sleep(0.5)
+                raise OutputError("cannot write a")
+            finish(output, keep)
+
+        VideoOutput.finish = refusing
+        return super().task()
+
+
+def test_a_refusal_while_no_job_is_on_its_way(clips, tmp_path):  # noqa: F811
+    jobs = jobs_of(clips)
+    more = [replace(job, name=f"{job.name}{n}") for n in range(3) for job in jobs]
+    with pytest.raises(OutputError, match="cannot write a; . of 24 videos are finished and kept"):
+        go([*jobs, *more], tmp_path / "out", Refused(delay=0.02), execute=Workers(2))
 
 
 def test_failures_are_told(clips, tmp_path):  # noqa: F811
