@@ -18,18 +18,19 @@ namespace pyvseg::conv3x3 {
 
 constexpr int kTile = 4, kPatch = 6, kFrequencies = 36, kChunk = 16, kPanel = 32, kRun = 64;
 
-// Channels are adjacent, the other strides are in floats.
+// Channels are adjacent, the other strides are in elements.
 struct Image {
-  const float* data;
+  const void* data;
   int64_t batch, row, column;
 };
 
 struct Problem {
   Image x, residual;  // residual.data may be null
   const float *weight, *bias;
-  float* y;  // (batch, height, width, outputs)
+  void* y;  // (batch, height, width, outputs)
   int64_t height, width, inputs, outputs, tile_rows, tile_columns;
   bool relu_input;
+  Number number;  // of x, residual and y; all between them is float
 };
 
 // `count` tiles of a block from tile number `first` on, with frequency f of V at v + f * stride.
@@ -111,11 +112,12 @@ PYVSEG_INLINE void transform_patch(const At& at, vfloat least, float* v, int64_t
 }
 
 // Tiles begin..end of the block, relative to its first.
-void transform_inputs(const Problem& p, const Block& block, int64_t begin, int64_t end) {
+template <typename T>
+void transform_tiles(const Problem& p, const Block& block, int64_t begin, int64_t end) {
   const vfloat least = splat(p.relu_input ? 0.0f : -__builtin_inff());
   for (int64_t t = begin; t < end; ++t) {
     const Place at = place(p, block.first + t);
-    const float* corner = p.x.data + at.image * p.x.batch + (at.y - 1) * p.x.row + (at.x - 1) * p.x.column;
+    const T* corner = (const T*)p.x.data + at.image * p.x.batch + (at.y - 1) * p.x.row + (at.x - 1) * p.x.column;
     const auto inside = [&](int64_t i, int64_t j) { return at.y + i >= 1 && at.y + i <= p.height && at.x + j >= 1 && at.x + j <= p.width; };
     const bool whole = inside(0, 0) && inside(kPatch - 1, kPatch - 1);
     float* out = block.v + t / kGroup * kGroup * padded(p.inputs) + t % kGroup * kChunk;
@@ -124,7 +126,7 @@ void transform_inputs(const Problem& p, const Block& block, int64_t begin, int64
       if (whole && c + kLanes <= p.inputs)
         transform_patch(
             [&](int i, int j) {
-              const float* from = corner + i * p.x.row + j * p.x.column + c;
+              const T* from = corner + i * p.x.row + j * p.x.column + c;
               if (j >= kPatch - kTile) __builtin_prefetch(from + kTile * p.x.column);  // of the next tile
               return load(from);
             },
@@ -135,6 +137,10 @@ void transform_inputs(const Problem& p, const Block& block, int64_t begin, int64
             least, v, block.stride);
     }
   }
+}
+
+void transform_inputs(const Problem& p, const Block& block, int64_t begin, int64_t end) {
+  p.number == Number::kFloat ? transform_tiles<float>(p, block, begin, end) : transform_tiles<bfloat16>(p, block, begin, end);
 }
 
 template <int N>
@@ -171,6 +177,7 @@ void multiply(const float* v, const float* u, int64_t inputs, float* m, const ch
 }
 
 // `channels` outputs from channel `first` on, of one tile.
+template <typename T>
 void transform_outputs(const Problem& p, const Place& at, const float* m, int64_t first, int64_t channels) {
   const int64_t rows = smaller(kTile, p.height - at.y), columns = smaller(kTile, p.width - at.x);
   for (int64_t c = 0; c < channels; c += kLanes) {
@@ -185,8 +192,8 @@ void transform_outputs(const Problem& p, const Place& at, const float* m, int64_
     for (int64_t i = 0; i < rows; ++i) {
       backward(half[i], r);
       const int64_t y = at.y + i;
-      float* out = p.y + ((at.image * p.height + y) * p.width + at.x) * p.outputs + first + c;
-      const float* residual = p.residual.data + at.image * p.residual.batch + y * p.residual.row +
+      T* out = (T*)p.y + ((at.image * p.height + y) * p.width + at.x) * p.outputs + first + c;
+      const T* residual = (const T*)p.residual.data + at.image * p.residual.batch + y * p.residual.row +
                               at.x * p.residual.column + first + c;
       for (int64_t j = 0; j < columns; ++j, out += p.outputs, residual += p.residual.column) {
         vfloat result = r[j] + bias;
@@ -214,8 +221,9 @@ void multiply_panel(const Problem& p, const Block& block, int64_t panel, float* 
       }
     }
   }
+  const auto transform = p.number == Number::kFloat ? transform_outputs<float> : transform_outputs<bfloat16>;
   for (int64_t t = 0; t < block.count; ++t)
-    transform_outputs(p, place(p, block.first + t), m + t * kFrequencies * kPanel, first, channels);
+    transform(p, place(p, block.first + t), m + t * kFrequencies * kPanel, first, channels);
 }
 
 }  // namespace
@@ -335,7 +343,7 @@ Tensor channels_adjacent(const Tensor& t) {
   return t.stride(1) == 1 || t.size(1) <= 1 ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-Image image(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0), t.stride(2), t.stride(3)}; }
+Image image(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(2), t.stride(3)}; }
 
 // x (N, I, H, W), tiles (ceil(O / 32), 36, I, 32), bias (O), residual (N, O, H, W) -> (N, O, H, W) channels last
 Tensor conv3x3(const Tensor& x, const Tensor& tiles, int64_t outputs, const std::optional<Tensor>& bias,
@@ -346,6 +354,9 @@ Tensor conv3x3(const Tensor& x, const Tensor& tiles, int64_t outputs, const std:
                       tiles.size(2) == I && tiles.size(3) == kPanel && tiles.is_contiguous(),
                   "conv3x3: tiles do not fit");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == outputs), "conv3x3: bias does not fit");
+  STD_TORCH_CHECK(tiles.scalar_type() == ScalarType::Float && (!bias || bias->scalar_type() == ScalarType::Float) &&
+                      (!residual || residual->scalar_type() == x.scalar_type()),
+                  "conv3x3: dtypes do not fit");
   STD_TORCH_CHECK(!residual || (residual->dim() == 4 && residual->size(0) == N && residual->size(1) == outputs &&
                                 residual->size(2) == H && residual->size(3) == W),
                   "conv3x3: residual does not fit");
@@ -359,11 +370,12 @@ Tensor conv3x3(const Tensor& x, const Tensor& tiles, int64_t outputs, const std:
   if (residual) p.residual = image(added);
   p.weight = tiles.const_data_ptr<float>();
   p.bias = bias ? offset.const_data_ptr<float>() : nullptr;
-  p.y = y.mutable_data_ptr<float>();
+  p.y = y.mutable_data_ptr();
+  p.number = is_bf16(x) ? Number::kBfloat16 : Number::kFloat;
   p.height = H, p.width = W, p.inputs = I, p.outputs = outputs;
   p.tile_rows = divide_up(H, kTile), p.tile_columns = divide_up(W, kTile);
   p.relu_input = relu_input;
-  prefer_huge_pages(p.y, sizeof(float) * y.numel());
+  prefer_huge_pages(p.y, (is_bf16(x) ? 2 : 4) * y.numel());
   run(p, N);
   return y;
 }

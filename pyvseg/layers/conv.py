@@ -16,14 +16,14 @@ from pyvseg.ops import conv3x3, conv3x3_weight
 from pyvseg.ops._dispatch import choose
 
 FEW_OUTPUTS = 2  # up to so many, nine 1x1 convolutions at once are faster than one 3x3
-MANY_CHANNELS = 256  # from so many on, our kernel in float32 is faster than oneDNN in bfloat16, casts included
+MANY_CHANNELS = 24  # from so many on, our kernel is faster than oneDNN, in bfloat16 too, though it multiplies in float32; not where there is AMX
 
 
 def fast_conv(conv: nn.Conv2d) -> nn.Module:
     """A module with forward(x, *, relu_input=False, residual=None, relu=False, gelu=False) = conv(relu(x) if relu_input else x) +
     residual, then ReLU where `relu`, GELU where `gelu`.
 
-    Takes a fast way on the CPU when `conv` has no groups and no gradient is asked for: our float32 kernel for 3x3, stride,
+    Takes a fast way on the CPU when `conv` has no groups and no gradient is asked for: our kernel for 3x3, stride,
     padding and dilation 1, where the size makes it pay, else oneDNN with the weight packed. `conv` itself serves everything
     else. The weight is transformed at the first such call, for oneDNN at the first of each size: see `layers.packed.Packed`.
     """
@@ -49,9 +49,8 @@ class _FastConv(Packed):
         way = self._way(x)
         prepared = self.prepared((way, x.shape if way == "packed" else None), lambda: self._prepare(way, x))
         if way == "winograd":
-            bias, residual = (t if t is None else t.float() for t in (self.conv.bias, residual))
-            y = conv3x3(x.float(), prepared, bias, relu_input=relu_input, residual=residual)
-            return _activated(y, relu, gelu).to(x.dtype)
+            weight, bias = prepared
+            return _activated(conv3x3(x, weight, bias, relu_input=relu_input, residual=residual), relu, gelu)
         x = x.relu() if relu_input else x
         if way == "packed":
             if gelu and residual is not None:
@@ -77,7 +76,7 @@ class _FastConv(Packed):
         if way == "taps":
             return _FastConv(_tap_conv(self.conv.weight))
         if way == "winograd":
-            return conv3x3_weight(self.conv.weight)
+            return conv3x3_weight(self.conv.weight), None if self.conv.bias is None else self.conv.bias.float()
         if way == "packed":
             return pack_conv(self.conv, x.shape, [packed for (way, _), packed in self.packed.items() if way == "packed"])
         return None
@@ -94,8 +93,8 @@ class _FastConv(Packed):
             return "packed"
         if x.dtype == torch.float32 and conv.out_channels <= FEW_OUTPUTS and conv.in_channels >= 32:
             return "taps"
-        least = 24 if x.dtype == torch.float32 else MANY_CHANNELS
-        if min(conv.in_channels, conv.out_channels) < least or choose("conv3x3", "auto", x, slower="3 times") != "cpu":
+        amx = x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+        if min(conv.in_channels, conv.out_channels) < MANY_CHANNELS or amx or choose("conv3x3", "auto", x, slower="3 times") != "cpu":
             return "packed"
         return "winograd"
 

@@ -59,6 +59,17 @@ def test_equals_float64_convolution(shape, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 24, 40, 45, 18), (2, 33, 65, 9, 6)])
+def test_bfloat16_rounds_only_the_result(shape, backend):
+    x, weight, bias, residual = inputs(*shape)
+    x, residual, prepared = x.bfloat16(), residual.bfloat16(), conv3x3_weight(weight)
+    got = conv3x3(x, prepared, bias, relu_input=True, residual=residual, backend=backend)
+    want = exact(x.relu(), weight, bias) + residual
+    assert got.dtype == torch.bfloat16 and got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got.double(), want, rtol=2**-8 * 1.01, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("inputs_", [64, 256, 512])
 def test_error_is_within_a_few_direct_convolutions(inputs_, relu, backend):
@@ -137,6 +148,7 @@ def test_every_instruction_set(isa):
         extension.set_isa(isa)
         for shape in SHAPES:
             test_equals_float64_convolution(shape, "cpu")
+        test_bfloat16_rounds_only_the_result((2, 33, 65, 9, 6), "cpu")
     finally:
         extension.set_isa(before)
 
