@@ -119,7 +119,7 @@ def _print(report) -> None:
     for outcome in report.failed[:_SHOWN]:
         print(f"pyvseg: failed: {outcome.reason}", file=sys.stderr)
     before = f", {report.before} before" if report.before else ""
-    print(f"{report.done} videos done{before}   {report.out}")
+    print(f"{report.done} video{'s' if report.done != 1 else ''} done{before}   {report.out}")
     if report.failed or report.skipped:
         again = f", {len(report.skipped)} before (--retry-failed tries them again)" if report.skipped else ""
         print(f"{len(report.failed)} failed{again}; reasons in {report.out}/manifest*.jsonl", file=sys.stderr)
