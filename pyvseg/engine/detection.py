@@ -12,6 +12,7 @@ import torch
 from pyvseg.engine.trace import span
 from pyvseg.engine.types import Frame
 from pyvseg.errors import PyvsegError, VideoError
+from pyvseg.layers.graphs import graphed
 from pyvseg.models.transvod_single import TransVODSingle
 from pyvseg.models.video_detections import FrameObjects, VideoDetections
 from pyvseg.models.video_detector import DetectionState, VideoDetector
@@ -38,11 +39,11 @@ class ObjectDetection:
         for frame in frames:
             self._check(frame)
         for start in range(0, len(frames), _TOGETHER):
-            images = np.stack([frame.image for frame in frames[start : start + _TOGETHER]])
+            images = [frame.image for frame in frames[start : start + _TOGETHER]]
             with span("preprocess"):
                 x = self.state.size.input(images, s.mean, s.std, self.model.device)
             with span("encode"):
-                self.model.link(self.model.encode(x), self.state)
+                self.model.link(graphed(self.model.encode, x), self.state)
 
     @torch.inference_mode()
     def finish(

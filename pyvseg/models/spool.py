@@ -24,7 +24,7 @@ from pyvseg.layers.transfer import Arriving, arrived, from_device, has_arrived
 MEMORY_BYTES = 8 << 20  # of a spool that stay in memory; more goes to a temporary file
 _MARGIN = 2  # cells around a mask's set cells that its full-size pixels depend on, see `MaskStore`
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.uint8)
-_BEHIND = 4  # tensors of a GPU that may be on their way
+_BEHIND = 12  # tensors of a GPU that may be on their way
 _HEAD = 6  # numbers before a tensor's values: dtype, dimensions, at most four of them
 
 

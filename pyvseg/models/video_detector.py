@@ -120,7 +120,7 @@ class VideoDetector(nn.Module):
         for frame in zip(*features.frames):
             state.frames += 1
             for part in frame:
-                state.kept.append(part)
+                state.kept.later(part)
 
     def kept(self, state: DetectionState, frame: int, *names: str) -> list[Tensor]:
         """Parts of what was kept of a frame, without batch."""
