@@ -28,10 +28,11 @@ class Run:
         pyvseg run street.mp4 --model transvod_r50_vid --weights TransVOD_checkpoint.pth
 
     Models for panoptic segmentation need no masks; of them OUT receives pan_pred/VIDEO (PNGs) with pred.json, as VIPSeg has them, and
-    overlay.mp4, of models for semantic segmentation also semantic/VIDEO (PNGs, pixel = class + 1), as VSPW has them. Models for video
-    instance segmentation need none either; of them OUT receives results.json (YouTube-VIS results), overlay.mp4 and masks/, of models for
-    video object detection results.json (COCO results) and overlay.mp4. Both also take a folder of videos, or the JSON or the folder of a
-    YouTube-VIS or OVIS split, for detection of ImageNet VID: then one results.json holds all of them, as the evaluation wants it.
+    overlay.mp4, of models for semantic segmentation also semantic/VIDEO (PNGs, pixel = class + 1), as VSPW has them, of models that see
+    depth also depth/VIDEO (16-bit PNGs, 256 to a metre), as Cityscapes-DVPS has it. Models for video instance segmentation need none
+    either; of them OUT receives results.json (YouTube-VIS results), overlay.mp4 and masks/, of models for video object detection
+    results.json (COCO results) and overlay.mp4. Both also take a folder of videos, or the JSON or the folder of a YouTube-VIS or OVIS
+    split, for detection of ImageNet VID: then one results.json holds all of them, as the evaluation wants it.
 
     Ctrl-C stops at the end of a clip; the same command with --resume goes on and gives the same masks.
     """

@@ -44,7 +44,8 @@ class PanopticSegmentation:
         results = []
         for found in self.model.step(encoded, self.state, last=last):
             frame = self.missing.pop(found.index)
-            results.append(PanopticResult(frame.index, frame.name, frame.image, found.values, tuple(value for value, _, _ in found.segments)))
+            segments = tuple(value for value, _, _ in found.segments)
+            results.append(PanopticResult(frame.index, frame.name, frame.image, found.values, segments, found.depth))
         return results
 
     def _check(self, frame: Frame) -> None:

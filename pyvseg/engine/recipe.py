@@ -35,7 +35,7 @@ class Results:
     """Instance segmentation: so many tracks at most; object detection: so many boxes in a frame. Left out: the model's published number."""
     compat: bool = True
     """Instance segmentation: each object only once, with its likeliest class; as published it makes a track for each likely one.
-    Tube-Link and Video K-Net, panoptic: without the published code's faults in the ids of objects."""
+    Tube-Link, Video K-Net and PolyphonicFormer, panoptic: without the published code's faults in the ids of objects."""
 
     def tracks(self) -> dict:
         """What the results of instance segmentation depend on, by the names of the options."""

@@ -52,22 +52,24 @@ class ConvGN(nn.Module):
 
 
 class SemanticFPN(nn.Module):
-    """Four maps at strides 4 to 32 become one sum at stride 8, of which two branches are made: where things are, and what."""
+    """Four maps at strides 4 to 32 become one sum at stride 8, of which two branches are made: where things are, and what. With
+    `depth` a third: how far."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, depth: bool = False) -> None:
         super().__init__()
         self.levels = nn.ModuleList(
             nn.ModuleList(ConvGN(width, width, 3, 1 if i else 2) for _ in range(max(i, 1))) for i in range(4)
         )
         self.localization, self.semantic = ConvGN(width, width), ConvGN(width, width)
+        self.depth = ConvGN(width, width) if depth else None
 
-    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """(B, C, h, w) at strides 4, 8, 16, 32 -> two of (B, C, h, w) at stride 8."""
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, ...]:
+        """(B, C, h, w) at strides 4, 8, 16, 32 -> two or three of (B, C, h, w) at stride 8."""
         coarsest = maps[-1]
         code = sine_code_2d(*coarsest.shape[2:], coarsest.shape[1], coarsest.device, coarsest.dtype)
         maps = [*maps[:-1], coarsest + code.view(*coarsest.shape[2:], -1).permute(2, 0, 1)]
         total = sum(self._level(convs, x) for convs, x in zip(self.levels, maps))
-        return self.localization(total), self.semantic(total)
+        return tuple(branch(total) for branch in (self.localization, self.semantic, self.depth) if branch is not None)
 
     def _level(self, convs: nn.ModuleList, x: Tensor) -> Tensor:
         """Up to stride 8: twice as large after each convolution but the last."""

@@ -45,7 +45,10 @@ class KernelInit(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> KernelFrames:
         """Maps (B, C, ., .) of a feature pyramid at strides 4 to 32."""
-        localization, semantic = self.fpn(maps)
+        return self.begin(*self.fpn(maps))
+
+    def begin(self, localization: Tensor, semantic: Tensor) -> KernelFrames:
+        """From the branches of the pyramid's sum."""
         localization, semantic = self.loc(localization), self.seg(semantic)
         kernels, classes = (conv.weight.flatten(1)[None].expand(len(localization), -1, -1) for conv in (self.kernels, self.classes))
         masks = mask_logits(kernels, localization)

@@ -34,6 +34,7 @@ VIPSEG_THINGS = (
 CITYSCAPES = tuple(  # train ids; also KITTI-STEP
     "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person rider car truck bus train motorcycle bicycle".split()
 )
+CITYSCAPES_THINGS = tuple(range(CITYSCAPES.index("person"), len(CITYSCAPES)))
 KITTI_STEP_THINGS = (CITYSCAPES.index("person"), CITYSCAPES.index("car"))
 IMAGENET_VID = tuple(
     "airplane antelope bear bicycle bird bus car cattle dog domestic_cat elephant fox giant_panda hamster horse lion lizard monkey motorcycle "

@@ -16,6 +16,7 @@ from pyvseg.models.genvis import GenVISSettings
 from pyvseg.models.kmax import KMaXSettings
 from pyvseg.models.knet import KNetSettings
 from pyvseg.models.mask2former import Mask2FormerSettings
+from pyvseg.models.polyphonicformer import PolyphonicFormerSettings
 from pyvseg.models.tube_link import TubeLinkSettings
 from pyvseg.models.tube_link_panoptic import TubeLinkPanopticSettings
 from pyvseg.models.variant import Variant
@@ -40,7 +41,8 @@ def _fitting_knet(weights: Mapping[str, Tensor], variants: Iterable[Variant]) ->
     if kernels is None or classes is None or kernels.ndim != 4 or classes.ndim != 1:
         return []
     ways = [way(state, f"stages.0.{part}.") for part in ("link", "fuse")]
-    kind = VideoKNetInstancesSettings if "clip_stages.0.norm.bias" in state else VideoKNetSettings
+    special = ("clip_stages.0.norm.bias", VideoKNetInstancesSettings), ("initial.direct.bias", PolyphonicFormerSettings)
+    kind = next((kind for key, kind in special if key in state), VideoKNetSettings)
     found = kind, len(classes), len(kernels), _backbone(state), *ways, "embed.layers.1.bias" in state
     knet = [v for v in variants if isinstance(v.settings, KNetSettings)]
     own = lambda s: (type(s), s.classes, s.kernels, _sizes(s), s.link, s.fuse, getattr(s, "track_layers", 0) > 1)  # noqa: E731

@@ -49,8 +49,16 @@ class KNet(nn.Module):
         self.settings = s = settings
         self.backbone = s.backbone.build()
         self.fpn = FPN(self.backbone.channels, s.channels)
-        self.initial = KernelInit(s.channels, s.kernels, s.classes, s.stuff)
-        self.stages = nn.ModuleList(KernelHead(s.channels, s.heads, s.ffn, s.classes, s.link, s.fuse) for _ in range(s.stages))
+        self.initial = self.make_initial()
+        self.stages = nn.ModuleList(self.make_stage() for _ in range(s.stages))
+
+    def make_initial(self) -> nn.Module:
+        s = self.settings
+        return KernelInit(s.channels, s.kernels, s.classes, s.stuff)
+
+    def make_stage(self) -> nn.Module:
+        s = self.settings
+        return KernelHead(s.channels, s.heads, s.ffn, s.classes, s.link, s.fuse)
 
     @property
     def dtype(self) -> torch.dtype:

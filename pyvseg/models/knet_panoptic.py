@@ -57,12 +57,12 @@ class FramePanoptic:
     boxes: np.ndarray
 
 
-def merge(scores: Tensor, masks: Tensor, semantic: Tensor, size: FrameSize, stuff: int, upsample: int, rules: MergeSettings) -> FramePanoptic:
+def merge(scores: Tensor, masks: Tensor, semantic: Tensor | None, size: FrameSize, stuff: int, upsample: int, rules: MergeSettings) -> FramePanoptic:
     """Of one frame.
 
     scores     (N, K) of the classes; the last `stuff` kernels and classes are of stuff, one for each other
     masks      (N, h, w) logits at stride 8, which become probabilities at `upsample` times that size
-    semantic   (K, h, w) logits: boxes see only pixels of things in these
+    semantic   (K, h, w) logits: boxes see only pixels of things in these; None: all pixels
     """
     found = _candidates(scores.float().cpu(), stuff, rules)
     # A kernel that comes again with another class comes with a lower score, and wins nowhere.
@@ -136,14 +136,16 @@ def _inside(logits: Tensor, size: FrameSize, upsample: int) -> list[int]:
     return torch.stack(counts).tolist()
 
 
-def _boxes(labels: np.ndarray, segments: list[Segment], semantic: Tensor, size: FrameSize, things: int) -> np.ndarray:
+def _boxes(labels: np.ndarray, segments: list[Segment], semantic: Tensor | None, size: FrameSize, things: int) -> np.ndarray:
     """As published the semantic map is stretched: to the frame's size with its padding."""
     numbers = [i for i, segment in enumerate(segments, 1) if segment.is_thing]
     if not numbers:
         return np.zeros((0, 4), np.float32)
-    axes = [Resampling.bilinear(cells, source, False) for cells, source in zip(semantic.shape[1:], size.source)]
-    allowed = (mask_winners(_APART * semantic[None].float().contiguous(), *axes).index[0, 0] < things).cpu().numpy()
-    found = find_objects(labels * allowed, len(segments))
+    allowed = labels
+    if semantic is not None:
+        axes = [Resampling.bilinear(cells, source, False) for cells, source in zip(semantic.shape[1:], size.source)]
+        allowed = labels * (mask_winners(_APART * semantic[None].float().contiguous(), *axes).index[0, 0] < things).cpu().numpy()
+    found = find_objects(allowed, len(segments))
     boxes = [
         NOWHERE if (part := found[i - 1]) is None else (part[1].start, part[0].start, part[1].stop - 1, part[0].stop - 1) for i in numbers
     ]

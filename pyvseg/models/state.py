@@ -25,6 +25,7 @@ from pyvseg.models.mask2former_video import ClipState
 from pyvseg.models.minvis import MinVISState
 from pyvseg.models.panoptic_frames import FramesState
 from pyvseg.models.panoptic_linking import LinkState, Remembered
+from pyvseg.models.polyphonicformer import PolyphonicFormerState
 from pyvseg.models.quasi_dense import QuasiDenseState, Track
 from pyvseg.models.spool import MaskStore, Spool
 from pyvseg.models.tube_link_instances import TubeLinkInstancesState
@@ -41,7 +42,7 @@ _KINDS = {
     for kind in (
         CTVISState, ClipState, DetectionState, FloatFrameSize, FramePixels, FrameSize, FramesState, GenVISState, KMaXSize, LayerPixels, LinkState, MaskStore, MinVISState, PixelFeatures,
         Prototypes, Record, Remembered, Tracklet, TrackerState, TubeLinkInstancesState, TubeMapsState, TubeTrack, TubeTracks, VITAState, VideoKMaXState,
-        QuasiDenseState, Track, VideoKNetClip, VideoKNetState,
+        PolyphonicFormerState, QuasiDenseState, Track, VideoKNetClip, VideoKNetState,
     )
 }  # fmt: skip
 

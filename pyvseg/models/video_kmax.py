@@ -38,11 +38,13 @@ class PanopticFrame(NamedTuple):
 
     values     (H, W) int32: category * divisor + id, 0 = void
     segments   (value, category, is_thing) of each segment in the frame, by rising value
+    depth      float32 (H, W) in metres, of models that see it
     """
 
     index: int
     values: np.ndarray
     segments: list[tuple[int, int, bool]]
+    depth: np.ndarray | None = None
 
 
 @dataclass

@@ -94,7 +94,10 @@ class VideoKNet(KNet):
         super().__init__(settings)
         if 0 in settings.things:
             raise ValueError("category 0 must be stuff: a thing of it that is not followed would have the value of void")
-        self.embed = TrackEmbedding(settings.channels, settings.track_layers)
+        self.embed = self.make_embedding()
+
+    def make_embedding(self) -> nn.Module:
+        return TrackEmbedding(self.settings.channels, self.settings.track_layers)
 
     def new_state(self, height: int, width: int) -> VideoKNetState:
         """For a video of that size."""

@@ -23,6 +23,7 @@ from pyvseg.models.kmax_images import KMaXImages
 from pyvseg.models.mask2former_images import Mask2FormerInstances, Mask2FormerPanoptic
 from pyvseg.models.mask2former_video import Mask2FormerVideo
 from pyvseg.models.minvis import MinVIS
+from pyvseg.models.polyphonicformer import PolyphonicFormer
 from pyvseg.models.stcn import STCN, STCNSettings
 from pyvseg.models.transvod import TransVOD
 from pyvseg.models.transvod_lite import TransVODLite
@@ -113,7 +114,7 @@ SYSTEMS = {"stcn": _VOS, "pcvos": _VOS} | {
     for name, network in {"tube_link": TubeLinkInstances, "tube_link_panoptic": TubeLinkPanoptic, "tube_link_semantic": TubeLinkSemantic}.items()
 } | {
     name: System(network, key_maps.VIDEO_KNET, key_maps.VIDEO_KNET_IGNORED)
-    for name, network in {"video_knet": VideoKNet, "video_knet_instances": VideoKNetInstances}.items()
+    for name, network in {"video_knet": VideoKNet, "video_knet_instances": VideoKNetInstances, "polyphonicformer": PolyphonicFormer}.items()
 } | {
     "transvod": System(TransVOD, key_maps.TRANSVOD_V1, key_maps.TRANSVOD_IGNORED),
     "transvodpp": System(TransVODPlusPlus, key_maps.TRANSVOD, key_maps.TRANSVOD_IGNORED),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published checkpoints of kMaX-DeepLab, Video-kMaX and, for instances too, Video K-Net."""
+"""The published checkpoints of kMaX-DeepLab, Video-kMaX, PolyphonicFormer and, for instances too, Video K-Net."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pyvseg.models.kmax_image_results import ImagePanopticSettings
 from pyvseg.models.kmax_images import KMaXImageSettings
 from pyvseg.models.kmax_panoptic import PanopticSettings
 from pyvseg.models.panoptic_linking import LinkSettings
+from pyvseg.models.polyphonicformer import PolyphonicFormerSettings
 from pyvseg.models.variant import Variant
 from pyvseg.models.video_kmax import VideoKMaXSettings
 from pyvseg.models.video_knet import VideoKNetSettings, things_first
@@ -30,6 +31,7 @@ def variants() -> Iterator[Variant]:
     yield from _kitti_step()
     yield from _video_knet()
     yield from _video_knet_instances()
+    yield _polyphonicformer()
 
 
 def _images() -> Iterator[Variant]:
@@ -102,3 +104,10 @@ def _video_knet_instances() -> Iterator[Variant]:
             f"video_knet_{name}_ytvis19", "video instance segmentation", "video_knet_instances", VideoKNetInstancesSettings(backbone=_KNET[name]),
             _KNET_FILE, _KNET_WHERE, "MIT", {"YouTube-VIS 2019 val AP": str(precision)}, "", YOUTUBE_VIS_2019,
         )  # fmt: skip
+
+
+def _polyphonicformer() -> Variant:
+    return Variant(
+        "polyphonicformer_r50_cityscapes_dvps", VIDEO_PANOPTIC, "polyphonicformer", PolyphonicFormerSettings(), "polyphonic_r50_video.pth",
+        "the PolyphonicFormer authors' repository", "none stated: all rights reserved", {}, "depth of every pixel too", CITYSCAPES,
+    )  # fmt: skip

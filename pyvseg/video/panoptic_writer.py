@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Panoptic results out, frame by frame: COCO panoptic PNGs and their JSON, STEP PNGs, an overlay video. Nothing is kept in memory.
+"""Panoptic results out, frame by frame: COCO panoptic PNGs and their JSON, STEP PNGs, maps of depth, an overlay video. Nothing is kept
+in memory.
 
 Writers are as those of `pyvseg.video.writer`: `write(result)`, `close()`, `discard()`, OutputError where the disk refuses.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pyvseg.video.depth import write_depth
 from pyvseg.video.panoptic import STEP_VOID, write_ids, write_step
 from pyvseg.video.png import write_labels
 from pyvseg.video.types import FrameResult
@@ -25,13 +27,14 @@ from pyvseg.video.writer import OverlayWriter, output_errors
 @dataclass(frozen=True)
 class PanopticResult:
     """One frame: name and image as in `FrameResult`; values (H, W) int32 = category * divisor + id, 0 = void; segments the values
-    that occur, rising."""
+    that occur, rising; depth float32 (H, W) in metres, of models that see it."""
 
     index: int
     name: str
     image: np.ndarray
     values: np.ndarray
     segments: tuple[int, ...]
+    depth: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,15 @@ class SemanticPngWriter(PanopticPngWriter):
         path = self.folder / f"{result.name}.png"
         with output_errors(path):
             write_labels(path, np.where(result.values > 0, result.values // self.classes.divisor + 1, 0).astype(np.uint8))
+
+
+class DepthPngWriter(PanopticPngWriter):
+    """FOLDER/NAME.png of 16 bits for every frame, see `pyvseg.video.depth`."""
+
+    def write(self, result: PanopticResult) -> None:
+        path = self.folder / f"{result.name}.png"
+        with output_errors(path):
+            write_depth(path, result.depth)
 
 
 class PanopticJsonWriter:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label images as PNG: the pixel is the object id and the palette is only for viewing. And PNGs whose three channels are numbers.
+"""Label images as PNG: the pixel is the object id and the palette is only for viewing. And PNGs whose three channels are numbers, or
+whose one channel is a number of 16 bits.
 
 OpenCV turns palettes into colours and loses the ids, so PNGs are decoded by FFmpeg (through PyAV) and written here.
 """
@@ -10,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 
 from pyvseg.errors import VideoError
@@ -53,6 +55,15 @@ def read_channels(path: str | Path) -> np.ndarray:
         raise VideoError(f"mask {name} is not an RGB PNG of 8 bits per channel; panoptic maps keep their ids in the three channels")
     frame = _decode(data, name)
     return _rows(frame)[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
+
+
+def read_numbers(path: str | Path) -> np.ndarray:
+    """Reads a grey PNG of 16 bits: uint16 (H, W). Raises VideoError for a file that cannot be read, or is none."""
+    data, name = _read(path), str(path)
+    if _header(data, name) != (0, 16):
+        raise VideoError(f"{name} is not a grey PNG of 16 bits, which maps of depth are")
+    frame = _decode(data, name)
+    return np.ascontiguousarray(_rows(frame)[:, : 2 * frame.width]).view(">u2").astype(np.uint16)
 
 
 def _read(path: str | Path) -> bytes:
@@ -120,6 +131,12 @@ def write_labels(path: str | Path, labels: np.ndarray, palette: np.ndarray = PAL
 def write_channels(path: str | Path, channels: np.ndarray) -> None:
     """Writes uint8 (H, W, 3) as an RGB PNG that `read_channels` gives back: whole or not at all. Raises OSError."""
     _write(path, _encode(channels, colour=2))
+
+
+def write_numbers(path: str | Path, numbers: np.ndarray) -> None:
+    """Writes uint16 (H, W) as a grey PNG that `read_numbers` gives back: whole or not at all. Raises OSError."""
+    _, data = cv2.imencode(".png", numbers, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    _write(path, data.tobytes())
 
 
 def _write(path: str | Path, data: bytes) -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Video panoptic segmentation, written as it comes: OUT/pan_pred/VIDEO/FRAME.png with OUT/pred.json, as VIPSeg's results are,
 OUT/step/VIDEO/FRAME.png, as KITTI-STEP's are, and OUT/overlay.mp4 or OUT/overlays/VIDEO.mp4. Models that know no things, for semantic
-segmentation, give OUT/semantic/VIDEO/FRAME.png too, as VSPW's results are.
+segmentation, give OUT/semantic/VIDEO/FRAME.png too, as VSPW's results are; models that see depth OUT/depth/VIDEO/FRAME.png, as
+Cityscapes-DVPS has it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from pyvseg.errors import PyvsegError
 from pyvseg.models import zoo
 from pyvseg.models.state import load_state, save_state
 from pyvseg.models.video_kmax import VideoKMaX
+from pyvseg.video.depth import read_depth
 from pyvseg.video.panoptic import read_ids
 from pyvseg.video.panoptic_writer import (
-    PanopticClasses, PanopticJsonWriter, PanopticOverlayWriter, PanopticPngWriter, PanopticResult, SemanticPngWriter, StepPngWriter,
-    join_panoptic,
+    DepthPngWriter, PanopticClasses, PanopticJsonWriter, PanopticOverlayWriter, PanopticPngWriter, PanopticResult,
+    SemanticPngWriter, StepPngWriter, join_panoptic,
 )  # fmt: skip
 from pyvseg.video.reader import open_video
 from pyvseg.video.types import Frame
@@ -52,6 +54,10 @@ class Panoptic:
         return cls(network, recipe.model, zoo.variant(recipe.model).classes, **common)
 
     @property
+    def sees_depth(self) -> bool:
+        return getattr(self.network, "sees_depth", False)
+
+    @property
     def classes(self) -> PanopticClasses:
         """Raises PyvsegError for names that are not as many as the model's classes."""
         s = self.network.settings
@@ -70,7 +76,7 @@ class Panoptic:
     def targets(self, out: Path, name: str, single: bool) -> Targets:
         files = {
             "overlay.mp4": out / "overlay.mp4" if single else out / "overlays" / f"{name}.mp4", f"step/{name}": out / "step" / name,
-            f"semantic/{name}": out / "semantic" / name,
+            f"semantic/{name}": out / "semantic" / name, f"depth/{name}": out / "depth" / name,
             f"pan_pred/{name}": out / "pan_pred" / name, "segments.json": out / "segments" / f"{name}.json",
         }  # fmt: skip
         return Targets(out, out / UNFINISHED / name, files)
@@ -86,6 +92,7 @@ class Panoptic:
         lines = [("overlay video", str(out / ("overlay.mp4" if single else "overlays")))] if self.results.overlay else []
         lines += [("panoptic PNGs", f"{out / 'pan_pred'}, classes and ids in {out / 'pred.json'}")]
         lines += [("label PNGs", f"{out / 'semantic'}, class + 1")] if not self.classes.things else []
+        lines += [("depth PNGs", f"{out / 'depth'}, 256 to a metre")] if self.sees_depth else []
         return lines + ([("STEP PNGs", str(out / "step"))] if self.results.step_pngs else [])
 
 
@@ -99,6 +106,7 @@ class PanopticLane(Lane):
         writers = [PanopticPngWriter(work / "pan_pred" / self.name), PanopticJsonWriter(work / "segments.json", self.name, classes)]
         writers += [StepPngWriter(work / "step" / self.name, classes)] if results.step_pngs else []
         writers += [SemanticPngWriter(work / "semantic" / self.name, classes)] if not classes.things else []
+        writers += [DepthPngWriter(work / "depth" / self.name)] if self.task.sees_depth else []
         writers += [PanopticOverlayWriter(work / "overlay.mp4", self.video.size, self.video.fps, classes)] if results.overlay else []
         self.output.writers += writers
         self.segmentation = PanopticSegmentation(self.task.network, load_state(saved, self.task.network.device) if saved else None)
@@ -110,7 +118,8 @@ class PanopticLane(Lane):
             return
         values = read_ids(self.targets.work / "pan_pred" / self.name / f"{frame.name}.png")
         present = sorted(set(values.ravel().tolist()) - {0})
-        self.put(PanopticResult(frame.index, frame.name, frame.image, values, tuple(present)))
+        depth = read_depth(self.targets.work / "depth" / self.name / f"{frame.name}.png") if self.task.sees_depth else None
+        self.put(PanopticResult(frame.index, frame.name, frame.image, values, tuple(present), depth))
 
     def step(self) -> None:
         with span("model", self.name):

@@ -26,6 +26,7 @@ from pyvseg.verify.adapters import (
     ops_ms_deform_attn,
     ops_track_quasi_dense,
     pcvos,
+    polyphonicformer,
     stcn,
     tube_link,
     transvod,
@@ -52,6 +53,7 @@ ADAPTERS = {
     "ops": ops_ms_deform_attn.run,  # so says the case ops-ms_deform_attn
     "ops-track_quasi_dense": ops_track_quasi_dense.run,
     "pcvos": pcvos.run,
+    "polyphonic": polyphonicformer.run,
     "stcn": stcn.run,
     "tube_link": tube_link.run,
     "transvod": transvod.run,

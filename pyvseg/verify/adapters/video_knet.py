@@ -34,7 +34,7 @@ KITTI_STEP = {"num_thing_classes": 2, "mask_upsample_stride": 4, "heads": 8, "ma
 def run(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> Iterator[tuple]:
     config = manifest["config"]
     if "loss" in config:  # such cases say by their weights alone how large they are
-        model = load(VideoKNet(settings(KITTI_STEP | _sizes(weights), weights)), weights)
+        model = load(VideoKNet(settings(KITTI_STEP | sizes_of(weights, KITTI_STEP["num_thing_classes"]), weights)), weights)
         yield from video_knet_criterion.run(model, weights, config, inputs)
         return
     model = for_inference(load(_Recorded(settings(config, weights)), weights), torch.float32)
@@ -42,13 +42,13 @@ def run(manifest: dict, weights: dict[str, np.ndarray], inputs: dict[str, np.nda
         yield from _video(manifest, model, inputs["in/frames"])
 
 
-def _sizes(weights: dict[str, np.ndarray]) -> dict:
+def sizes_of(weights: dict[str, np.ndarray], things: int) -> dict:
     kernels, classes = (weights[f"rpn_head.{name}.weight"] for name in ("init_kernels", "conv_seg"))
     blocks = tuple(len({key.split(".")[2] for key in weights if key.startswith(f"backbone.layer{i}.")}) for i in range(1, 5))
     kind = Bottleneck if "backbone.layer1.0.conv3.weight" in weights else BasicBlock
     return {
         "backbone": next(f"resnet{depth}" for depth, sizes in RESNETS.items() if sizes == (kind, blocks)), "channels": kernels.shape[1],
-        "num_thing_kernels": len(kernels), "num_stuff_classes": len(classes) - KITTI_STEP["num_thing_classes"],
+        "num_thing_kernels": len(kernels), "num_stuff_classes": len(classes) - things,
         "stages": len({key.split(".")[2] for key in weights if key.startswith("roi_head.mask_head.")}),
         "ffn": len(weights["roi_head.mask_head.0.ffn.layers.0.0.weight"]),
     }  # fmt: skip
