@@ -163,7 +163,9 @@ def test_killed_at_any_moment(clips, tmp_path, undisturbed, begin):
     assert killed == 20
 
 
-def test_interrupted_goes_on(clips, tmp_path, undisturbed, monkeypatch):
+@pytest.fixture
+def interrupted(clips, tmp_path, monkeypatch):
+    """OUT after Ctrl-C in b."""
     step, seen = engine.FollowingLane.step, []
 
     def stepping(lane):
@@ -175,9 +177,22 @@ def test_interrupted_goes_on(clips, tmp_path, undisturbed, monkeypatch):
     monkeypatch.setattr(engine.FollowingLane, "step", stepping)
     with pytest.raises(Interrupted, match="1 of 6 videos are finished and kept, 5 remain, the same command goes on"):
         go(clips, tmp_path / "out")
-    report = go(clips, tmp_path / "out")
+    monkeypatch.undo()
+    return tmp_path / "out"
+
+
+def test_interrupted_goes_on(clips, interrupted, undisturbed):
+    (interrupted / "unfinished" / "b" / ".masks.json.left").mkdir()  # by a run that went on and was killed
+    report = go(clips, interrupted)
     assert (report.before, report.done) == (1, 5) and report.frames < 57  # b went on where it was
-    assert files(tmp_path / "out") == undisturbed
+    assert files(interrupted) == undisturbed
+
+
+def test_a_suspended_video_with_other_masks_begins_again(clips, interrupted, tmp_path):
+    jobs = [replace(job, masks={0: square(2)}) if job.name == "b" else job for job in jobs_of(clips)]
+    assert go(jobs, interrupted).frames == 57
+    go(jobs[1:2], tmp_path / "fresh")
+    assert {k: v for k, v in files(interrupted).items() if k[0] == "b"} == files(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EACCES])
