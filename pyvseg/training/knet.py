@@ -27,7 +27,7 @@ from pyvseg.models.video_knet import VideoKNet
 from pyvseg.training.quasi_dense import quasi_dense_losses
 from pyvseg.training.set_criterion import Match, instance_count, solve
 
-_ALPHA, _GAMMA, _EPS = 0.25, 2.0, 1e-3  # of the focal losses; of dice
+ALPHA, GAMMA, EPS = 0.25, 2.0, 1e-3  # of the focal losses; of dice
 
 
 class Truth(NamedTuple):
@@ -140,14 +140,11 @@ class KNetCriterion:
         kernels = len(masks) if classes is None else len(masks) - self.stuff
         share, truths = masks[:kernels].float().flatten(1).sigmoid(), truth.masks.flatten(1)
         sure = share.clamp(min=0.001)
-        dice = -2 * sure @ truths.T / (sure.square().sum(1)[:, None] + _EPS + truths.square().sum(1) + _EPS)
+        dice = -2 * sure @ truths.T / (sure.square().sum(1)[:, None] + EPS + truths.square().sum(1) + EPS)
         sure = share.clamp(min=0.01)
         costs = self.dice * dice - self.mask * (sure @ truths.T + (1 - sure) @ (1 - truths).T) / max(truths.shape[1], 1)
         if classes is not None:
-            p = classes[:kernels].float().sigmoid()
-            on = -(p + 1e-12).log() * _ALPHA * (1 - p) ** _GAMMA
-            off = -(1 - p + 1e-12).log() * (1 - _ALPHA) * p**_GAMMA
-            costs = costs + self.cls * (on - off)[:, truth.labels]
+            costs = costs + self.cls * class_costs(classes[:kernels], truth.labels)
         return solve(costs)
 
     def initial_losses(self, initial: KernelFrames, truths: Sequence[Truth], matches: Sequence[Match]) -> dict[str, Tensor]:
@@ -165,7 +162,7 @@ class KNetCriterion:
         if not self.focal:
             return F.cross_entropy(logits, wanted, ignore_index=-1, reduction="none").mean()
         truth = F.one_hot(wanted + 1, self.classes + 1)[..., 1:].movedim(-1, 1)
-        return _focal(logits, truth).sum() / (wanted >= 0).sum().clamp(min=1)
+        return focal_losses(logits, truth).sum() / (wanted >= 0).sum().clamp(min=1)
 
     def painted(self, truth: Truth, match: Match) -> tuple[Tensor, Tensor]:
         """(H, W) each, -1 where nothing is: the kernel, and the class, of every pixel; later ones over earlier, things over stuff."""
@@ -197,7 +194,7 @@ class KNetCriterion:
         labels, weights, masks = (torch.cat(parts) for parts in zip(*wanted))
         found = labels < self.classes
         logits = stage.classes.float().flatten(0, 1)
-        focal = _focal(logits, F.one_hot(labels, self.classes + 1)[:, :-1]) * weights
+        focal = focal_losses(logits, F.one_hot(labels, self.classes + 1)[:, :-1]) * weights
         count = instance_count(int(found.sum()), logits)
         return {"loss_cls": focal.sum() / count, **_mask_losses(stage.masks.flatten(0, 1)[found], masks[found])}
 
@@ -205,9 +202,7 @@ class KNetCriterion:
         self, model: VideoKNet, key: Predictions, reference: Predictions, key_truths: Sequence[Truth], reference_truths: Sequence[Truth]
     ) -> dict[str, Tensor]:
         """loss_track and loss_track_aux: what the kernels of the same thing have in common, means over the pairs of frames."""
-        found = zip(self.embedded(model, key, key_truths), self.embedded(model, reference, reference_truths))
-        losses = [quasi_dense_losses(a, b, ids[:, None] == others) for (a, ids), (b, others) in found]
-        return dict(zip(("loss_track", "loss_track_aux"), (torch.stack(each).mean() for each in zip(*losses))))
+        return pair_losses(self.embedded(model, key, key_truths), self.embedded(model, reference, reference_truths))
 
     def embedded(self, model: VideoKNet, predictions: Predictions, truths: Sequence[Truth]) -> list[tuple[Tensor, Tensor]]:
         """Of each frame: embeddings (M, C) of the kernels that a thing is matched to, and the things' ids (M,)."""
@@ -218,10 +213,24 @@ class KNetCriterion:
         return results
 
 
-def _focal(logits: Tensor, truth: Tensor) -> Tensor:
+def pair_losses(key: list[tuple[Tensor, Tensor]], reference: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """loss_track and loss_track_aux of embeddings (M, C) and ids (M,) of each frame, means over the pairs of frames."""
+    losses = [quasi_dense_losses(a, b, ids[:, None] == others) for (a, ids), (b, others) in zip(key, reference)]
+    return dict(zip(("loss_track", "loss_track_aux"), (torch.stack(each).mean() for each in zip(*losses))))
+
+
+def class_costs(classes: Tensor, labels: Tensor) -> Tensor:
+    """(N, K) logits, (M,) -> (N, M)"""
+    p = classes.float().sigmoid()
+    on = -(p + 1e-12).log() * ALPHA * (1 - p) ** GAMMA
+    off = -(1 - p + 1e-12).log() * (1 - ALPHA) * p**GAMMA
+    return (on - off)[:, labels]
+
+
+def focal_losses(logits: Tensor, truth: Tensor) -> Tensor:
     """Of every logit, for truth 0 or 1 of the same shape."""
     p, truth = logits.sigmoid(), truth.to(logits.dtype)
-    focus = torch.where(truth > 0, _ALPHA * (1 - p) ** _GAMMA, (1 - _ALPHA) * p**_GAMMA)
+    focus = torch.where(truth > 0, ALPHA * (1 - p) ** GAMMA, (1 - ALPHA) * p**GAMMA)
     return F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * focus
 
 
@@ -231,5 +240,5 @@ def _mask_losses(logits: Tensor, truth: Tensor) -> dict[str, Tensor]:
         return {"loss_mask": logits.sum() * 0, "loss_dice": logits.sum() * 0}
     x, y = logits.float().flatten(1), truth.flatten(1)
     p = x.sigmoid()
-    dice = 1 - 2 * (p * y).sum(1) / (p.square().sum(1) + _EPS + y.square().sum(1) + _EPS)
+    dice = 1 - 2 * (p * y).sum(1) / (p.square().sum(1) + EPS + y.square().sum(1) + EPS)
     return {"loss_mask": F.binary_cross_entropy_with_logits(x, y), "loss_dice": dice.mean()}

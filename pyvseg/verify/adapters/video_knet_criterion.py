@@ -46,7 +46,7 @@ def run(model: VideoKNet, weights: dict[str, np.ndarray], config: dict, inputs: 
         for name, suffix, predictions in (("key", "", key), ("ref", "_ref", reference)):
             yield from _frame(criterion, name, suffix, predictions, truths[name])
         yield from _tracking(criterion, model, key, reference, truths)
-    yield from _gradients(model, weights, config["parameter_order"])
+    yield from gradients(model, weights, config["parameter_order"], STORED)
 
 
 def _truth(name: str, inputs: dict[str, np.ndarray], model: VideoKNet, padded: tuple[int, int], stride: int) -> Truth:
@@ -89,9 +89,10 @@ def _tracking(criterion: KNetCriterion, model: VideoKNet, key: Predictions, refe
     yield from (("tap/track_targets", same.int().numpy()), ("tap/track_weights", same.any(1).float().numpy()))
 
 
-def _gradients(model: VideoKNet, weights: dict[str, np.ndarray], order: list[str]) -> Iterator[tuple]:
+def gradients(model: VideoKNet, weights: dict[str, np.ndarray], order: list[str], whole: tuple[str, ...]) -> Iterator[tuple]:
+    """The norm of every parameter's, -1 where there is none, and those that are stored whole."""
     names = {theirs: ours for theirs in weights for ours in map_keys({theirs: torch.empty(0)}, key_maps.VIDEO_KNET)}
     ours = dict(model.named_parameters())
     yield "out/grad_norm", np.array([-1.0 if (grad := ours[names[name]].grad) is None else float(grad.norm()) for name in order], np.float32)
-    for name in (stored.format(last=len(model.stages) - 1) for stored in STORED):
+    for name in (stored.format(last=len(model.stages) - 1) for stored in whole):
         yield f"out/grad/{name}", ours[names[name]].grad.numpy()
