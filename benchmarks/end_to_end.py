@@ -2,12 +2,11 @@
 """From video files to result files with large networks, as `pyvseg batch` runs them: `python -m benchmarks.end_to_end --device cuda`.
 
 Videos are written on the spot and weights are random, so this measures speed alone. The first run of a shape builds kernels and
-captures graphs; it is not counted. Without PyAV videos are folders of JPEGs, and no overlays are made.
+captures graphs; it is not counted.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -16,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
+import tyro
 
 from benchmarks.loaded import Loaded
 from pyvseg import checkpoints
@@ -27,21 +26,22 @@ from pyvseg.engine.batch import batch
 from pyvseg.engine.jobs import Job
 from pyvseg.engine.recipe import Recipe, Results
 from pyvseg.models import zoo
-from pyvseg.video import writer
 from pyvseg.video.types import FrameResult
+from pyvseg.video.writer import OverlayWriter
 
-MOVIES = hasattr(writer.av, "__version__")  # PyAV is there, not its stand-in
 
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description="From files to files with large networks.")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--videos", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=200, help="of each video")
-    parser.add_argument("--quick", action="store_true", help="small videos of few frames: whether it runs, not how fast")
-    parser.add_argument("--seconds", type=float, default=75, help="no further model is begun after that")
-    parser.add_argument("--out", type=Path, help="a file for the record, JSON; written anew after each row")
-    return parser.parse_args()
+@dataclass
+class Options:
+    device: str = "cuda"
+    videos: int = 8
+    frames: int = 200
+    """Of each video."""
+    quick: bool = False
+    """Small videos of few frames: whether it runs, not how fast."""
+    seconds: float = 75
+    """No further model is begun after that."""
+    out: Path | None = None
+    """A file for the record, JSON; written anew after each row."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,13 @@ def write_video(path: Path, size: tuple[int, int], frames: int) -> Path:
     rng = np.random.default_rng(0)
     ground = rng.integers(0, 160, (height // 8 + 1, width // 8 + 1, 3), np.uint8).repeat(8, 0).repeat(8, 1)[:height, :width]
     y, x = np.mgrid[:height, :width]
-    movie = writer.OverlayWriter(path, size, None) if MOVIES else path.mkdir()
+    movie = OverlayWriter(path, size, None)
     for t in range(frames):
         image = np.ascontiguousarray(np.roll(ground, t, 1))
         for disc, colour in ((0.3, (240, 60, 60)), (0.7, (60, 60, 240))):
             image[(y - disc * height) ** 2 + (x - width * (0.2 + 0.6 * t / frames)) ** 2 < (height / 8) ** 2] = colour
-        if movie is None:
-            cv2.imwrite(str(path / f"{t:05d}.jpg"), image[..., ::-1])
-        else:
-            movie.write(FrameResult(t, f"{t:05d}", image, np.zeros(size, np.uint8), ()))
-    if movie is not None:
-        movie.close()
+        movie.write(FrameResult(t, f"{t:05d}", image, np.zeros(size, np.uint8), ()))
+    movie.close()
     return path
 
 
@@ -98,13 +94,13 @@ def weights(model: str, folder: Path) -> Path:
     return path
 
 
-def measure(way: Way, options: argparse.Namespace, work: Path) -> dict:
+def measure(way: Way, options: Options, work: Path) -> dict:
     size, frames = ((96, 160), 3) if options.quick else (way.size, options.frames)
-    video = work / (f"{size[0]}.mp4" if MOVIES else f"{size[0]}")
+    video = work / f"{size[0]}.mp4"
     video = video if video.exists() else write_video(video, size, frames)
     recipe = Recipe(
         model=way.model, weights=weights(way.model, work), device=options.device, precision=way.precision, clip_length=way.clip_length,
-        results=Results(pngs=way.files, overlay=way.files and MOVIES),
+        results=Results(pngs=way.files, overlay=way.files),
     )  # fmt: skip
     loaded = Loaded(recipe, recipe.task())
     given = masks(size) if recipe.needs_masks else None
@@ -116,8 +112,7 @@ def measure(way: Way, options: argparse.Namespace, work: Path) -> dict:
     return {"frames": report.frames, "seconds": report.seconds, "fps": report.fps, "busy": {k: round(v, 3) for k, v in report.busy.items()}}
 
 
-def main() -> None:
-    options = parse()
+def main(options: Options) -> None:
     keep_freed_memory()
     started, rows, failed = time.monotonic(), [], []
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device
@@ -136,9 +131,9 @@ def main() -> None:
             busy = ", ".join(f"{stage} {100 * row['busy'].get(stage, 0):.0f} %" for stage in ("decode", "model", "write"))
             print(f"{way.model:18} {way.precision:9} {'all files' if way.files else 'JSON only'}  {row['fps']:7.1f} FPS  {busy}", flush=True)
             if options.out:
-                options.out.write_text(json.dumps({"device": name, "videos": "H.264" if MOVIES else "JPEGs", "rows": rows}, indent=1) + "\n")
+                options.out.write_text(json.dumps({"device": name, "rows": rows}, indent=1) + "\n")
     sys.exit(bool(failed))
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options, prog="python -m benchmarks.end_to_end"))

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # bash benchmarks/gpu.sh [OUT]: builds, tests and measures everything on a machine with a CUDA GPU, within 8 minutes.
-# It needs torch >= 2.11 with CUDA, Triton, pytest, hypothesis, cmake, ninja, pybind11 and a C++ compiler, and nvcc for more
-# than Triton; no network, no installation. OUT (benchmarks/results by default) receives, as they come, <gpu>.json, <gpu>.md,
+# It needs torch >= 2.11 with CUDA, what pyvseg itself needs, Triton, pytest, hypothesis, cmake, ninja, pybind11 and a C++ compiler,
+# and nvcc for more than Triton; no network, no installation. OUT (benchmarks/results by default) receives, as they come, <gpu>.json, <gpu>.md,
 # measured.json (the fastest backends, also put in its place in pyvseg/ops), end_to_end.json and gpu.log; commit all but the log.
 # A section that fails or runs out of time does not stop the next ones; the exit status is 1 if any did. --dry-run goes
 # through all sections on a machine without a GPU: CPU build, emulated tests, quick sizes.
@@ -17,14 +17,9 @@ LIMIT=${LIMIT:-$([ $DEVICE = cpu ] && echo 4000 || echo 465)}
 OUT=${1:-benchmarks/results}
 
 has() { "$PYTHON" -c "import $1" 2> /dev/null; }
-for module in torch triton pytest hypothesis numpy pybind11; do
-  has $module || { echo "gpu.sh: $PYTHON has no $module" >&2; exit 2; }
+for module in torch triton pytest hypothesis numpy pybind11 av cv2 pycocotools safetensors scipy tqdm tyro; do
+  has $module || { echo "gpu.sh: $PYTHON has no $module; install it, or unpack its wheel into a folder of PYTHONPATH" >&2; exit 2; }
 done
-rm -rf build/without # stand-ins: image folders only, RLE in numpy
-for module in av pycocotools; do
-  has $module || { mkdir -p build/without && ln -s "$PWD"/benchmarks/without/$module* build/without/; }
-done
-export PYTHONPATH="$PWD/build/without:$PYTHONPATH"
 for tool in cmake ninja; do
   command -v $tool > /dev/null || { echo "gpu.sh: $tool is not on the PATH" >&2; exit 2; }
 done
@@ -95,9 +90,6 @@ measure() {
 # From files to files: PCVOS at 480p and CTVIS at 360p, random weights. Aims on an H100: 300 and 150 frames per second.
 end_to_end() {
   local options=(--seconds 60)
-  for module in cv2 scipy safetensors tqdm; do
-    has $module || { echo "$PYTHON has no $module: skipped"; return; }
-  done
   [ $DEVICE = cpu ] && options=(--quick --seconds 30)
   "$PYTHON" -m benchmarks.end_to_end --device $DEVICE "${options[@]}" --out "$OUT/end_to_end.json"
 }
