@@ -22,6 +22,7 @@ from pyvseg.video.reader import Video
 QUEUE_BYTES = 256 << 20  # of decoded frames that wait between two stages
 _NETWORK, _NETWORK_BASE = 950, 150 << 20  # bytes per pixel of a batch in float32, and of any batch; measured on ResNet-50 and Swin-L
 _FEATURES = 250  # bytes per pixel that a joint model takes for every frame that it holds: kept maps, joined, and its keys
+_PROGRAM, _CLIP = 800 << 20, 330  # panoptic: bytes of the program with its network, and per pixel for every frame of a clip; the most of any system
 _FOLLOWING_BASE, _SHARE = 600 << 20, 0.8  # bytes of the program and of a few frames' inner maps; part of all memory to use
 _DECODER_FRAMES = 16  # that FFmpeg's threads hold, at 1.5 bytes a pixel
 _CHUNKS = 6  # arrays of the size of a chunk of full-size masks that exist at once
@@ -80,7 +81,7 @@ def fitting_clip(network: STCN, video: Video, clip_length: int, objects: int, me
 
     It goes by all memory that the machine has, so that the same video gets the same clips in every run. Raises VideoError where not even
     single frames fit."""
-    most = _SHARE * total(network.device) / _sharers
+    most = _usable(network.device)
     if at_once > 1 and at_once * (clip_bytes(network, video, clip_length, objects, memory_frames) - _FOLLOWING_BASE) + _FOLLOWING_BASE <= most:
         return clip_length, at_once
     for length in range(clip_length, 0, -1):
@@ -91,6 +92,33 @@ def fitting_clip(network: STCN, video: Video, clip_length: int, objects: int, me
         f"{video.source}: {objects} objects in frames of {width}x{height} take {clip_bytes(network, video, 1, objects, memory_frames) / 1e9:.1f} GB of memory "
         f"({network.device}) even frame by frame, {most / 1e9:.1f} GB can be had; lower --max-memory-frames, or make the video smaller"
     )
+
+
+def panoptic_bytes(network: nn.Module, video: Video, clip_length: int) -> int:
+    """Bytes that a panoptic video takes: two frames pass through the network at a time, those of a clip are seen together."""
+    height, width = video.size
+    padded = network.new_state(height, width).size.padded
+    pixels = padded[0] * padded[1] * network.dtype.itemsize / 4
+    queued = 3 * height * width * 2 * queue_frames(video, max(2, clip_length))
+    return int(_PROGRAM + pixels * (2 * _NETWORK + clip_length * _CLIP) + queued)
+
+
+def fitting_panoptic(network: nn.Module, name: str, video: Video, clip_length: int) -> int:
+    """The clip length, or the longest below it for which the memory will do; it goes by all memory, as `fitting_clip`. Raises VideoError
+    where not even single frames fit."""
+    most = _usable(network.device)
+    for length in range(clip_length, 0, -1):
+        if panoptic_bytes(network, video, length) <= most:
+            return length
+    height, width = video.size
+    raise VideoError(
+        f"{video.source}: frames of {width}x{height} take {name} {panoptic_bytes(network, video, 1) / 1e9:.1f} GB of memory ({network.device}), "
+        f"{most / 1e9:.1f} GB can be had; try {'--precision bfloat16, ' if network.dtype == torch.float32 else ''}fewer --workers or a smaller video"
+    )
+
+
+def _usable(device: torch.device) -> float:
+    return _SHARE * total(device) / _sharers
 
 
 def share(processes: int) -> None:

@@ -71,6 +71,8 @@ def run(
 
         def make(job: Job) -> Lane | None:
             lane = task.lane(session, job, targets[job.name])
+            if lane.note and progress:
+                tqdm.write(f"{lane.video.source}: {lane.note}", file=sys.stderr)
             return None if lane.is_finished else lane
 
         def ended(job: Job, error: Exception | None) -> None:

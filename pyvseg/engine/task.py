@@ -25,7 +25,8 @@ from pyvseg.video.reader import Video, open_video
 from pyvseg.video.types import Frame
 
 
-ALONE = "segmented by itself: {} at once would not fit into memory"  # a lane's note
+SHORTER = "clip length {} in place of {}, which would not fit into memory"  # a lane's notes
+ALONE = "segmented by itself: {} at once would not fit into memory"
 
 
 @dataclass

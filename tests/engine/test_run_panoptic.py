@@ -3,6 +3,7 @@
 
 import json
 import signal
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from pyvseg.api import PanopticModel
 from pyvseg.datasets.coco_panoptic import PanopticVideos
+from pyvseg.engine import memory
 from pyvseg.engine.output import Interrupted
 from pyvseg.engine.panoptic import PanopticSegmentation
 from pyvseg.engine.recipe import Results
@@ -96,6 +98,24 @@ def test_bad_input(tmp_path, model):
     frames[2].image = frames[2].image[:20]
     with pytest.raises(VideoError, match="size changes from"):
         state.step(frames[2:])
+
+
+def test_clips_that_do_not_fit_are_shortened(tmp_path, clips, model, monkeypatch, capsys):
+    def segmented(length, out):
+        network = copy(model.network)
+        network.settings = replace(network.settings, clip_length=length)
+        run(replace(model, network=network), clips / "a", out=tmp_path / out, overwrite=True)
+        return files(tmp_path / out)
+
+    expected = segmented(2, "two")
+    video = open_video(clips / "a")
+    monkeypatch.setattr(memory, "total", lambda device: memory.panoptic_bytes(model.network, video, 2) / 0.8 + 1)
+    capsys.readouterr()
+    assert segmented(4, "four") == expected
+    assert "a: clip length 2 in place of 4, which would not fit into memory" in capsys.readouterr().err
+    monkeypatch.setattr(memory, "total", lambda device: 1000)
+    with pytest.raises(VideoError, match="a: frames of 64x48 take small .* GB of memory .* can be had"):
+        segmented(4, "none")
 
 
 def test_results_in_python(tmp_path, model):

@@ -20,7 +20,7 @@ from pyvseg.engine.output import UNFINISHED, Targets, fingerprint
 from pyvseg.engine.propagate import Propagation as Network
 from pyvseg.engine.propagate import look_ahead, ready
 from pyvseg.engine.recipe import Recipe, Results
-from pyvseg.engine.task import ALONE, Found, Lane, Session, opened
+from pyvseg.engine.task import ALONE, SHORTER, Found, Lane, Session, opened
 from pyvseg.engine.trace import span
 from pyvseg.errors import PyvsegError, VideoError
 from pyvseg.models.vos import VOSState
@@ -106,7 +106,7 @@ class FollowingLane(Lane):
         self.turn, at_once = (task.clip_length, task.at_once) if task.fit is None else task.fit(video, objects, task.at_once)
         self.alone = at_once < task.at_once
         if self.turn < task.clip_length:
-            self.note = f"clip length {self.turn} in place of {task.clip_length}, which would not fit into memory"
+            self.note = SHORTER.format(self.turn, task.clip_length)
         elif self.alone:
             self.note = ALONE.format(task.at_once)
         self.lasting = task.results.pngs  # they are what a stopped video goes on from

@@ -8,15 +8,17 @@ Cityscapes-DVPS has it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from pyvseg.engine.jobs import Job, find_videos
+from pyvseg.engine.memory import fitting_panoptic
 from pyvseg.engine.output import UNFINISHED, Targets
 from pyvseg.engine.panoptic import PanopticSegmentation
 from pyvseg.engine.recipe import Recipe, Results
-from pyvseg.engine.task import Found, Lane, Session, opened
+from pyvseg.engine.task import SHORTER, Found, Lane, Session, opened
 from pyvseg.engine.trace import span
 from pyvseg.errors import PyvsegError
 from pyvseg.models import zoo
@@ -100,6 +102,19 @@ class PanopticLane(Lane):
     def __init__(self, task: Panoptic, session: Session, job: Job, targets: Targets) -> None:
         self.task, self.classes = task, task.classes
         super().__init__(session, job, targets, opened(job, session), {"model": task.name, **task.settings})
+        self.network = self._fitting()
+
+    def _fitting(self) -> VideoKMaX:
+        """The network, of shorter clips where memory asks for it."""
+        network = self.task.network
+        wanted = getattr(network.settings, "clip_length", 1)
+        length = fitting_panoptic(network, self.task.name, self.video, wanted)
+        if length == wanted:
+            return network
+        self.note = SHORTER.format(length, wanted)
+        shorter = copy(network)
+        shorter.settings = replace(network.settings, clip_length=length)
+        return shorter
 
     def begin(self, saved: Path | None) -> None:
         work, results, classes = self.targets.work, self.task.results, self.classes
@@ -109,7 +124,7 @@ class PanopticLane(Lane):
         writers += [DepthPngWriter(work / "depth" / self.name)] if self.task.sees_depth else []
         writers += [PanopticOverlayWriter(work / "overlay.mp4", self.video.size, self.video.fps, classes)] if results.overlay else []
         self.output.writers += writers
-        self.segmentation = PanopticSegmentation(self.task.network, load_state(saved, self.task.network.device) if saved else None)
+        self.segmentation = PanopticSegmentation(self.network, load_state(saved, self.task.network.device) if saved else None)
         self.turn = self.segmentation.frames_per_step
 
     def again(self, frame: Frame) -> None:
