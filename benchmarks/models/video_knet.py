@@ -113,15 +113,19 @@ class Published:
             mask = winner == k
             area, inside = mask.sum().item(), (full[k] >= 0.5).sum().item()
             if area and inside and area / inside >= s.merge.overlap:
-                kernel = int(pairs[k] // things) if labels[k] < things else 0
+                kernel = int(pairs[k] // things) if labels[k] < things else int(order[k - len(pairs)]) + s.kernels
                 segments.append(Segment(int(labels[k]), bool(labels[k] < things), float(total[k]), kernel, k, area))
                 result[mask] = len(segments)
-        kinds = F.interpolate(semantic, size.source, mode="bilinear").sigmoid().argmax(1)[0]
+        return FramePanoptic(result.numpy(), segments, self.boxes(result, segments, semantic))
+
+    def boxes(self, result: Tensor, segments: list[Segment], semantic: Tensor) -> np.ndarray:
+        things = self.model.settings.classes - self.model.settings.stuff
+        kinds = F.interpolate(semantic, self.state.size.source, mode="bilinear").sigmoid().argmax(1)[0]
         boxes = []
         for i in (i for i, segment in enumerate(segments, 1) if segment.is_thing):
             rows, columns = ((result == i).float() * (kinds < things)).nonzero(as_tuple=True)
             boxes.append([columns.min(), rows.min(), columns.max(), rows.max()] if len(rows) else [-1, -1, 10, 10])
-        return FramePanoptic(result.numpy(), segments, np.array(boxes, np.float32).reshape(-1, 4))
+        return np.array(boxes, np.float32).reshape(-1, 4)
 
     def full(self, masks: Tensor) -> Tensor:
         size = self.state.size
@@ -196,15 +200,20 @@ def main(data: tuple[str, ...] = ("kitti_step", "vipseg"), rounds: int = 3, thre
         cpu_time: seconds of all threads instead of the clock's, for a busy machine; set GOMP_SPINCOUNT=0, or waiting counts too.
         out: write the figures as JSON.
     """
+    compare("Video K-Net ResNet-50", Frames, data, rounds, threads, cpu_time, out)
+
+
+def compare(title: str, frames: type, data: tuple[str, ...], rounds: int, threads: int, cpu_time: bool, out: Path | None) -> None:
+    """Prints the table of each kind of data, for `frames` like `Frames`."""
     console, record = Console(width=150), {"machine": machine(threads), "cpu_time": cpu_time, "frames": {}}
     for name in data:
-        ways = {way: Apart(Frames, how, name, cpu_time, threads=threads, keep_freed=how.keep_freed) for way, how in WAYS.items()}
+        ways = {way: Apart(frames, how, name, cpu_time, threads=threads, keep_freed=how.keep_freed) for way, how in WAYS.items()}
         runs: dict[str, Callable] = {way: partial(process) for way, process in ways.items()}
         rows = {way: {"stages": stages, "peak memory, MB": ways[way].peak_memory() / 1e6} for way, stages in in_turn(runs, rounds).items()}
         for process in ways.values():
             process.close()
         record["frames"][name] = rows
-        console.print(_table(f"Video K-Net ResNet-50, a frame of {name}, {threads} threads{', CPU time' * cpu_time}", rows))
+        console.print(_table(f"{title}, a frame of {name}, {threads} threads{', CPU time' * cpu_time}", rows))
     if out:
         out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import pyvseg
+from benchmarks.models.polyphonicformer import Published
+from benchmarks.models.video_knet import drawn
 from pyvseg import checkpoints
 from pyvseg.checkpoints import key_maps, map_keys
 from pyvseg.cli.main import main
@@ -238,3 +240,18 @@ def test_published_names(published, ours):
     with torch.device("meta"):
         model = PolyphonicFormer(zoo.variant(NAME).settings)
     assert ours in model.state_dict() and fitting(model.state_dict(), zoo.ZOO.values()) == [NAME]
+
+
+def test_the_benchmark_is_timed_against_the_same_results(settings):
+    torch.manual_seed(0)
+    settings = replace(settings, kernels=30)
+    plain = small(PolyphonicFormer, settings)
+    classes, masks = drawn(settings, (96, 160))
+    published = Published(plain, plain.new_state(90, 150), lambda name, work: work(), (classes, masks))
+    with torch.inference_mode():
+        frame = published.network(torch.randn(1, 3, 96, 160))
+        panoptic = published.merge(None)
+        found = plain.segment_clip(frame._replace(classes=classes[None], masks=masks[None]), published.state)
+        assert np.mean(panoptic.labels != found.panoptic.labels) < 1e-3 and len(panoptic.segments) > 4
+        assert np.abs(published.depth(frame, found.panoptic) - found.depth).max() < 1e-2
+    assert np.array_equal(panoptic.boxes, found.panoptic.boxes)
