@@ -26,6 +26,7 @@ class Eval:
         vipseg       VPQ and STQ of RESULTS/pred.json with RESULTS/pan_pred/VIDEO/FRAME.png; DATA/panomasksRGB and its JSON
         kitti-step   VPQ and STQ of RESULTS/SEQUENCE/FRAME.png in KITTI-STEP's form; DATA/panoptic_maps
         imagenet-vid AP of the boxes in results.json, as `pyvseg run` writes it; DATA: COCO-style JSON of ImageNet VID
+        cityscapes-dvps  DVPQ, DSTQ and errors of depth of RESULTS/pan_pred and RESULTS/depth of `pyvseg run` on DATA/video_sequence/val
         vspw         mIoU and mVC of RESULTS/VIDEO/FRAME.png, pixel = class + 1; DATA/data and val.txt
 
     For example
@@ -75,6 +76,8 @@ def _looks_like(gt: Path) -> Protocol | None:
         return "youtube-vis"
     if (gt / "Annotations").is_dir():
         return "davis"
+    if (gt / "video_sequence").is_dir():
+        return "cityscapes-dvps"
     if (gt / "panoptic_maps").is_dir():
         return "kitti-step"
     if (gt / "data").is_dir():

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyvseg.datasets.cityscapes_dvps import frames_of
 from pyvseg.datasets.davis import Davis
 from pyvseg.datasets.imagenet_vid import ImageNetVID
 from pyvseg.datasets.youtube_vis import YouTubeVIS, find_document
@@ -69,11 +70,14 @@ def find_jobs(root: Path, annotations: str = "auto", sequences: list[str] | None
 
 def find_videos(source, sequences: list[str] | None = None, *, classes: tuple[str, ...] = (), model: str = "", boxes: bool = False) -> list[Job]:
     """The videos behind `source`: the JSON or the folder of a YouTube-VIS or OVIS split, with `boxes` one of ImageNet VID, a folder
-    with JPEGImages/SEQUENCE, a folder of videos (files, folders of images, or VSPW's VIDEO/origin), or a single video, whose job has no
-    name. The results of a data set have its categories, by the names of the model's classes."""
+    with JPEGImages/SEQUENCE, a split of Cityscapes-DVPS, a folder of videos (files, folders of images, or VSPW's VIDEO/origin), or a
+    single video, whose job has no name. The results of a data set have its categories, by the names of the model's classes."""
     root = Path(source) if isinstance(source, (str, Path)) else None
     if root is None or not (root.suffix == ".json" or root.is_dir()):
         return [Job("", source)]
+    if dvps := frames_of(root) if root.is_dir() else {}:
+        jobs = [Job(name, files) for name, files in dvps.items()]
+        return _only(jobs, sequences, root)
     inside = sorted(path for path in root.iterdir() if not path.name.startswith(".")) if root.is_dir() else []
     clips = [path for path in inside if path.suffix.lower() in VIDEO_SUFFIXES]
     if sum(path.suffix.lower() in IMAGE_SUFFIXES for path in inside) > len(clips):  # else they are pictures of the videos, one for each
@@ -91,6 +95,10 @@ def find_videos(source, sequences: list[str] | None = None, *, classes: tuple[st
         jobs = [Job(path.stem if stems[path.stem] == 1 else path.name, _images(path)) for path in sorted(clips)]
     if not jobs:
         raise VideoError(f"{root}: neither images nor videos nor folders of images in there")
+    return _only(jobs, sequences, root)
+
+
+def _only(jobs: list[Job], sequences: list[str] | None, root: Path) -> list[Job]:
     if sequences:
         names = set(_listed(sequences, [job.name for job in jobs], root))
         jobs = [job for job in jobs if job.name in names]

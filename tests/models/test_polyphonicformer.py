@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """PolyphonicFormer: a stored case, depth and boxes against their plain formulations, files, saved states, published names."""
 
+import json
 import signal
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,8 @@ from pyvseg.models.polyphonicformer import PolyphonicFormer, PolyphonicFormerSet
 from pyvseg.models.state import load_state, save_state
 from pyvseg.verify import verify_case
 from pyvseg.video.depth import read_depth, write_depth
-from pyvseg.video.panoptic import read_ids
+from pyvseg.video.panoptic import read_ids, write_ids
+from pyvseg.video.png import read_numbers, write_numbers
 from tests.conftest import shared
 from tests.models.test_video_knet import small, video
 from tests.video.clips import write_images
@@ -255,3 +258,30 @@ def test_the_benchmark_is_timed_against_the_same_results(settings):
         assert np.mean(panoptic.labels != found.panoptic.labels) < 1e-3 and len(panoptic.segments) > 4
         assert np.abs(published.depth(frame, found.panoptic) - found.depth).max() < 1e-2
     assert np.array_equal(panoptic.boxes, found.panoptic.boxes)
+
+
+def test_a_run_on_cityscapes_dvps_is_what_eval_scores(weights, tmp_path, capsys):
+    split, out, rng = tmp_path / "data" / "video_sequence" / "val", tmp_path / "out", np.random.default_rng(0)
+    split.mkdir(parents=True)
+    maps = rng.choice([0, 11_002, 13_001, 10_000, 32_000], (4, 7, 9)).astype(np.uint16).repeat(10, 1).repeat(10, 2)
+    for t, image in enumerate(video(8)):
+        name = split / f"{t // 4:06d}_{t % 4:06d}_munster_000105_000004"
+        cv2.imwrite(f"{name}_leftImg8bit.png", image[..., ::-1])
+        write_numbers(f"{name}_gtFine_instanceTrainIds.png", maps[t % 4])
+        write_depth(f"{name}_depth.png", np.where(rng.random(image.shape[:2]) < 0.5, 40.0, 0.0))
+    assert main(["run", str(split), "--model", NAME, "--weights", str(weights), "--out", str(out), "--no-overlay"]) == 0
+    assert sorted(path.name for path in (out / "depth").iterdir()) == ["000000", "000001"]
+    score = ["eval", str(out), "--gt", str(tmp_path / "data"), "--protocol", "cityscapes-dvps", "--json", str(tmp_path / "scores.json")]
+    assert main(score) == 0
+    for path in split.glob("*_leftImg8bit.png"):  # results that are the annotations
+        truth = [read(f"{path}".replace("leftImg8bit", end)) for read, end in ((read_numbers, "gtFine_instanceTrainIds"), (read_depth, "depth"))]
+        sequence = path.name.split("_")[0]
+        values = np.where(truth[0] < 19_000, truth[0].astype(np.int32) // 1000 * 10_000 + np.maximum(truth[0] % 1000, 1), 0)
+        write_ids(out / "pan_pred" / sequence / path.name, values)
+        write_depth(out / "depth" / sequence / path.name, np.where(truth[1] > 0, truth[1], 5.0))
+    assert main(score) == 0
+    totals = json.loads((tmp_path / "scores.json").read_text())["totals"]
+    assert totals["DSTQ"] == totals["DQ"] == totals["a1"] == 1 and totals["abs_rel"] == 0
+    assert totals["DVPQ"] == pytest.approx(100 * 4 / 19) and totals["DVPQ-Things"] == pytest.approx(100 * 2 / 8)
+    next((out / "depth" / "000000").iterdir()).unlink()
+    assert main(score) != 0 and "000000" in capsys.readouterr().err

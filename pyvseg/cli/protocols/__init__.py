@@ -10,9 +10,9 @@ import importlib
 from collections.abc import Callable
 from typing import Literal
 
-Protocol = Literal["davis", "vipseg", "kitti-step", "youtube-vis", "vspw", "imagenet-vid"]
+Protocol = Literal["davis", "vipseg", "kitti-step", "youtube-vis", "vspw", "imagenet-vid", "cityscapes-dvps"]
 
-_MODULES = {"davis": "davis", "vipseg": "panoptic", "kitti-step": "panoptic", "youtube-vis": "instances", "vspw": "semantic", "imagenet-vid": "boxes"}
+_MODULES = {"davis": "davis", "vipseg": "panoptic", "kitti-step": "panoptic", "youtube-vis": "instances", "vspw": "semantic", "imagenet-vid": "boxes", "cityscapes-dvps": "dvps"}
 
 
 def evaluation(protocol: str) -> Callable:

@@ -19,6 +19,7 @@ from pyvseg.verify.adapters.kmax import MAP_RULE
 from pyvseg.verify.adapters.ops_track_quasi_dense import settings as tracker_settings
 from pyvseg.verify.adapters.taps import Taps
 from pyvseg.verify.adapters.video_knet import BACKBONES, PARTS, load, sizes_of, stage_parts
+from pyvseg.verify.compare import default_rule
 
 DVPS = {"num_thing_classes": 8, "mask_upsample_stride": 2, "heads": 8, "max_per_img": 100, "instance_score_thr": 0.3, "overlap_thr": 0.6}
 
@@ -77,7 +78,7 @@ def _video(manifest: dict, model: _Recorded, images: np.ndarray) -> Iterator[tup
         model.step(model.encode_frames(image[None], state), state)
         taps.close()
         yield from ((f"tap/f{t}/{name}", result) for name, result in _taps(model, taps, every) if f"f{t}/{name}" in manifest["taps"])
-        yield from ((f"out/f{t}/{name}", *result) for name, *result in _results(model, state))
+        yield from ((f"out/f{t}/{name}", *result) for name, *result in _results(model, state, manifest))
 
 
 def _taps(model: _Recorded, taps: Taps, every: int) -> Iterator[tuple]:
@@ -103,14 +104,14 @@ def _boxes(model: _Recorded) -> np.ndarray:
     return extents(model.clip.panoptic.labels, numbers)
 
 
-def _results(model: _Recorded, state) -> Iterator[tuple]:
+def _results(model: _Recorded, state, manifest: dict) -> Iterator[tuple]:
     segments, labels = model.clip.panoptic.segments, model.clip.panoptic.labels
     yield "scores", model.clip.frame.classes[0].sigmoid().numpy()
     yield "panoptic", labels.astype(np.int32), MAP_RULE
     rows = [(i, x.is_thing, x.category, x.rank, -1 if x.is_thing else x.area) for i, x in enumerate(segments, 1)]
     yield "segments", np.array(rows, np.int32).reshape(-1, 5)
     yield "segment_scores", np.array([x.score if x.is_thing else -1 for x in segments], np.float32)
-    yield "depth", model.clip.depth
+    yield "depth", model.clip.depth, default_rule(manifest, "depth")._replace(mismatch=MAP_RULE.mismatch)  # where the map differs
     yield "depth_init", model.paste(model.clip.frame, np.zeros_like(labels), [], state.size)
     ids = iter(model.ids)
     yield "track", np.array([0, *(next(ids) if x.is_thing else 0 for x in segments)], np.int32)[labels], MAP_RULE
