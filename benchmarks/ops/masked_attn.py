@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.harness import Case, on_gpu
 from pyvseg.ops import masked_attn

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pyvseg.engine.trace import span
-from pyvseg.engine.types import Frame
+from pyvseg.engine.types import Frame, check_size
 from pyvseg.errors import PyvsegError, VideoError
 from pyvseg.layers.graphs import graphed
 from pyvseg.models.transvod_single import TransVODSingle
@@ -62,12 +62,9 @@ class ObjectDetection:
         return found
 
     def _check(self, frame: Frame) -> None:
-        shape = frame.image.shape[:2]
         if self.state is None:
-            self.state = self.model.new_state(*shape)
-        if shape != self.state.size.source:
-            before = "x".join(map(str, self.state.size.source[::-1]))
-            raise VideoError(f"frame {frame.name}: size changes from {before} to {shape[1]}x{shape[0]}; split the video there or resize it")
+            self.state = self.model.new_state(*frame.image.shape[:2])
+        check_size(frame, self.state.size.source)
 
 
 class DetectionStream:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pyvseg.engine.trace import span
-from pyvseg.engine.types import Frame
+from pyvseg.engine.types import Frame, check_size
 from pyvseg.errors import PyvsegError, VideoError
 from pyvseg.layers.graphs import graphed
 from pyvseg.layers.transfer import Arriving, arrived, from_device, on_gpu
@@ -45,10 +45,7 @@ class InstanceSegmentation:
         s, shape = self.model.settings, frame.image.shape[:2]
         if self.state is None:
             self.state = self.model.new_state(FrameSize.of(*shape, s.short_side, s.long_side))
-        size = self.state.size
-        if shape != size.source:
-            before = "x".join(map(str, size.source[::-1]))
-            raise VideoError(f"frame {frame.name}: size changes from {before} to {shape[1]}x{shape[0]}; split the video there or resize it")
+        check_size(frame, self.state.size.source)
         self.pending.append(frame.image)
 
     def step(self, frame: Frame) -> None:

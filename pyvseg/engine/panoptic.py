@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-import numpy as np
 import torch
 
-from pyvseg.engine.types import Frame
+from pyvseg.engine.types import Frame, check_size
 from pyvseg.errors import VideoError
 from pyvseg.models.video_kmax import VideoKMaX, VideoKMaXState
 from pyvseg.video.panoptic_writer import PanopticResult
@@ -49,12 +48,9 @@ class PanopticSegmentation:
         return results
 
     def _check(self, frame: Frame) -> None:
-        shape = frame.image.shape[:2]
         if self.state is None:
-            self.state = self.model.new_state(*shape)
-        if shape != self.state.size.source:
-            before = "x".join(map(str, self.state.size.source[::-1]))
-            raise VideoError(f"frame {frame.name}: size changes from {before} to {shape[1]}x{shape[0]}; split the video there or resize it")
+            self.state = self.model.new_state(*frame.image.shape[:2])
+        check_size(frame, self.state.size.source)
 
 
 def segment_frames(model: VideoKMaX, frames: Iterable[Frame]) -> Iterator[PanopticResult]:

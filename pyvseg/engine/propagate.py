@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyvseg.engine.trace import span
-from pyvseg.engine.types import Frame, FrameResult
+from pyvseg.engine.types import Frame, FrameResult, check_size
 from pyvseg.errors import VideoError
 from pyvseg.layers.transfer import Arriving, constant
 from pyvseg.models.stcn import STCN, ClipFeatures
@@ -73,9 +73,7 @@ class Propagation:
         size = frame.image.shape[:2]
         if self.geometry is None:
             self.geometry = Geometry.of(*size, self.model.settings.short_side)
-        if size != self.geometry.source:
-            before = "x".join(map(str, self.geometry.source[::-1]))
-            raise VideoError(f"frame {frame.name}: size changes from {before} to {size[1]}x{size[0]}; split the video there or resize it")
+        check_size(frame, self.geometry.source)
         if frame.mask is not None and frame.mask.shape != size:
             given = "x".join(map(str, frame.mask.shape[::-1]))
             raise VideoError(f"mask of frame {frame.name} is {given}, the video {size[1]}x{size[0]}; resize the mask without smoothing")

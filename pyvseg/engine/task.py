@@ -21,9 +21,9 @@ from pyvseg.engine.memory import queue_frames
 from pyvseg.engine.output import Targets, VideoOutput
 from pyvseg.engine.pipeline import Background, Prefetch
 from pyvseg.engine.trace import span, spans
+from pyvseg.errors import VideoError
 from pyvseg.video.reader import Video, open_video
 from pyvseg.video.types import Frame
-
 
 SHORTER = "clip length {} in place of {}, which would not fit into memory"  # a lane's notes
 ALONE = "segmented by itself: {} at once would not fit into memory"
@@ -155,6 +155,22 @@ class Lane:
     def _write(self, result) -> None:
         with span("write", self.name):
             self.output.write(result)
+
+    def read_again(self, result: Callable[[Frame], object]) -> bool:
+        """A second pass over the video, now that more is known: the writer gets a result of each frame. False after Ctrl-C. Raises
+        VideoError where the frames are not as many as at first."""
+        count = 0
+        with Prefetch(spans("decode", self.video, self.name), queue_frames(self.video, self.turn)) as frames:
+            for count, frame in enumerate(frames, 1):
+                if count > self.done:
+                    break
+                self.put(result(frame))
+                if self.session.stop.is_set():
+                    return False
+        self.drain()
+        if count != self.done:
+            raise VideoError(f"{self.video.source}: {self.done} frames at the first reading, {'more' if count > self.done else count} at the second reading; give a file or a list")
+        return True
 
     def drain(self) -> None:
         """Waits for the writer's end. Raises what went wrong there."""

@@ -89,7 +89,7 @@ def merge(scores: Tensor, masks: Tensor, semantic: Tensor | None, size: FrameSiz
 
 def _candidates(scores: Tensor, stuff: int, rules: MergeSettings) -> list[Segment]:
     """The best pairs of kernel and class of things, then stuff, both by falling score."""
-    (kernels, classes), things = scores.shape, scores.shape[1] - stuff
+    kernels, things = len(scores), scores.shape[1] - stuff
     best, pairs = scores[: kernels - stuff, :things].flatten().topk(min(rules.top, (kernels - stuff) * things))
     found = [
         Segment(pair % things, True, score, pair // things, rank, 0) for rank, (score, pair) in enumerate(zip(best.tolist(), pairs.tolist()))

@@ -16,12 +16,11 @@ from tempfile import gettempdir
 
 from pyvseg.engine.detection import ObjectDetection
 from pyvseg.engine.jobs import Job, find_videos
-from pyvseg.engine.memory import check_memory, queue_frames
+from pyvseg.engine.memory import check_memory
 from pyvseg.engine.output import UNFINISHED, Targets
-from pyvseg.engine.pipeline import Prefetch
 from pyvseg.engine.recipe import Recipe, Results
 from pyvseg.engine.task import Found, Lane, Session, opened
-from pyvseg.engine.trace import span, spans
+from pyvseg.engine.trace import span
 from pyvseg.errors import PyvsegError, VideoError
 from pyvseg.models.state import load_state, save_state
 from pyvseg.models.video_detections import FrameObjects, VideoDetections
@@ -137,15 +136,8 @@ class DetectionLane(Lane):
     def _draw(self, found: VideoDetections) -> bool:
         """A second pass over the frames, now that the objects are known."""
         self.output.writers.append(BoxOverlayWriter(self.targets.work / "overlay.mp4", self.video.size, self.video.fps))
-        with Prefetch(spans("decode", self.video, self.name), queue_frames(self.video, self.turn)) as frames:
-            for frame, objects in zip(frames, found):
-                self.put(_drawn(frame, objects, self.task.results.score_threshold))
-                if self.session.stop.is_set():
-                    return False
-        self.drain()
-        if self.output.written != self.done:
-            raise VideoError(f"{self.video.source}: {self.output.written} frames at the second reading, {self.done} at the first; give a file or a list")
-        return True
+        objects = iter(found)
+        return self.read_again(lambda frame: _drawn(frame, next(objects), self.task.results.score_threshold))
 
     def save(self) -> Callable[[Path], None]:
         return partial(save_state, self.detection.state)

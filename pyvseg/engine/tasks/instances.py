@@ -18,18 +18,16 @@ from torch import nn
 
 from pyvseg.engine.instances import InstanceSegmentation, advance
 from pyvseg.engine.jobs import Job, find_videos
-from pyvseg.engine.memory import check_memory, queue_frames
+from pyvseg.engine.memory import check_memory
 from pyvseg.engine.output import UNFINISHED, Targets
-from pyvseg.engine.pipeline import Prefetch
 from pyvseg.engine.recipe import Recipe, Results
 from pyvseg.engine.task import ALONE, Found, Lane, Session, opened
-from pyvseg.engine.trace import span, spans
+from pyvseg.engine.trace import span
 from pyvseg.errors import VideoError
 from pyvseg.layers.transfer import aside, on_gpu
 from pyvseg.models.state import load_state, save_state
 from pyvseg.models.video_instances import VideoInstances
 from pyvseg.video.masks import MAX_OBJECTS
-from pyvseg.video.reader import Video
 from pyvseg.video.types import Frame, FrameResult
 from pyvseg.video.writer import OverlayWriter, PngWriter, join_tracks, write_tracks
 
@@ -145,17 +143,7 @@ class InstanceLane(Lane):
         r, work = self.task.results, self.targets.work
         self.output.writers += [PngWriter(work / "masks")] if r.pngs else []
         self.output.writers += [OverlayWriter(work / "overlay.mp4", self.video.size, self.video.fps)] if r.overlay else []
-        if not self.output.writers:
-            return True
-        with Prefetch(spans("decode", self.video, self.name), queue_frames(self.video, self.turn)) as frames:
-            for frame in frames:
-                self.put(_drawn(frame, tracks, shown))
-                if self.session.stop.is_set():
-                    return False
-        self.drain()
-        if self.output.written != self.done:
-            raise VideoError(f"{self.video.source}: {self.output.written} frames at the second reading, {self.done} at the first; give a file or a list")
-        return True
+        return not self.output.writers or self.read_again(lambda frame: _drawn(frame, tracks, shown))
 
     def save(self) -> Callable[[Path], None]:
         self.segmentation.settle()
